@@ -1,0 +1,54 @@
+"""Errors a user can mend. Each says what went wrong, where, what was expected and found, and how to mend it."""
+
+from __future__ import annotations
+
+
+class TundishError(Exception):
+    """Base of every error that reaches a user as one readable paragraph.
+
+    `exit_status` is part of the command-line contract: 2 usage or recipe, 3 model, 4 gate, 5 disk or memory.
+    """
+
+    exit_status = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        mend: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.found, self.mend = what, where, expected, found, mend
+        parts = [f"{what} ({where})" if where else what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if found is not None:
+            parts.append(f"found {found}")
+        sentence = "; ".join(parts).rstrip(".") + "."
+        super().__init__(f"{sentence} {mend}" if mend else sentence)
+
+
+class UsageError(TundishError):
+    """The command line or the recipe is wrong."""
+
+    exit_status = 2
+
+
+class ModelError(TundishError):
+    """The checkpoint is damaged, incomplete or of a kind that tundish does not convert."""
+
+    exit_status = 3
+
+
+class GateError(TundishError):
+    """An artifact was made and did not pass verification."""
+
+    exit_status = 4
+
+
+class ResourceError(TundishError):
+    """Not enough disk or memory, or the output cannot be written."""
+
+    exit_status = 5
