@@ -1,0 +1,41 @@
+"""Runs a Graph in numpy, float32: the reference that every artifact is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.checkpoint import read_float32
+from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight
+from converters.ops import OPS
+from converters.quantize.tensor import F32
+
+
+def read_weight(weight: Weight) -> F32:
+    """The checkpoint's own numbers, whatever the weight's scheme."""
+    return read_float32(weight.source)
+
+
+def interpret(
+    graph: Graph, token_ids: NDArray[np.int64], read: Callable[[Weight], F32] = read_weight, stop_at: str = LOGITS
+) -> F32:
+    """Logits f32[batch, length, vocab] for token_ids i64[batch, length], or the value named `stop_at`.
+
+    Weights are read as they are needed and let go at once: memory holds one weight and the live activations. `read`
+    chooses the numbers: the checkpoint's, or dequantized ones to see what a scheme costs.
+    """
+    values: dict[str, np.ndarray] = {TOKEN_IDS: token_ids}
+    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
+        inputs = [values[name] for name in node.inputs]
+        weights = [read(graph.weights[name]) for name in node.op.weights]
+        values[node.name] = OPS[type(node.op)].reference(node.op, inputs, weights)
+        if node.name == stop_at:
+            break
+        del inputs, weights  # or they would still be held while the next node's are read
+        for name in set(node.inputs):
+            if last_use[name] == index:
+                del values[name]
+    return values[stop_at]

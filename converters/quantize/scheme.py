@@ -1,0 +1,94 @@
+"""How a tensor is stored. The axes are orthogonal; the presets that recipes name are rows of one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from converters.errors import UsageError
+
+MIN_GROUP_SIZE = 32
+
+
+class NumberType(Enum):
+    """What a stored number is."""
+
+    FLOAT = "float"  # IEEE 754 binary16 or binary32, by `bits`
+    BFLOAT = "bfloat"
+    INT = "int"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Storage of one tensor.
+
+    `group_size` counts input-axis elements that share one scale: None for floats, 0 for one scale per output channel
+    (the whole row). An integer scheme stores `value = scale * (code - zero)`, zero = 2**(bits-1) when symmetric.
+    """
+
+    name: str
+    type: NumberType
+    bits: int
+    symmetric: bool = True
+    group_size: int | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        return self.type is NumberType.INT
+
+    def group_size_for(self, row: int) -> int:
+        """The number of input-axis elements per scale in a row of `row` elements."""
+        assert self.group_size is not None
+        return self.group_size or row
+
+
+def _int(name: str, bits: int, group_size: int, symmetric: bool = True) -> Scheme:
+    return Scheme(name, NumberType.INT, bits, symmetric, group_size)
+
+
+FP32 = Scheme("fp32", NumberType.FLOAT, 32)
+FP16 = Scheme("fp16", NumberType.FLOAT, 16)
+BF16 = Scheme("bf16", NumberType.BFLOAT, 16)
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        FP32,
+        FP16,
+        BF16,
+        _int("int8_channel", 8, 0),
+        _int("int8_g32", 8, 32),
+        _int("int4_g32", 4, 32),
+        _int("int4_g64", 4, 64),
+        _int("int4_g128", 4, 128),
+        _int("int4_asym_g32", 4, 32, symmetric=False),
+        _int("int4_asym_g64", 4, 64, symmetric=False),
+        _int("int4_asym_g128", 4, 128, symmetric=False),
+    )
+}
+
+
+def scheme_named(name: str) -> Scheme:
+    """The preset of that name; UsageError lists the presets."""
+    if name not in SCHEMES:
+        raise UsageError(f"unknown scheme {name!r}", expected="one of " + ", ".join(SCHEMES))
+    return SCHEMES[name]
+
+
+def resolve_scheme(scheme: Scheme, row: int) -> Scheme:
+    """The scheme a row of `row` elements really gets.
+
+    Rule: a group size that does not divide the row is halved until it does, down to 32; a row that 32 does not divide
+    is stored in fp16. Schemes with one scale per channel and floats always fit, but for an int row that no container
+    can group by 32: also fp16.
+    """
+    if not scheme.is_integer:
+        return scheme
+    if row % MIN_GROUP_SIZE:
+        return FP16
+    size = scheme.group_size
+    if not size or row % size == 0:
+        return scheme
+    while row % size:
+        size //= 2
+    return replace(scheme, name=scheme.name.rsplit("_g", 1)[0] + f"_g{size}", group_size=size)
