@@ -1,0 +1,293 @@
+"""Tokenizer files of a checkpoint, read into one neutral record that exporters turn into their container's form.
+
+The record says what transformers (4.57) does with these files, as models are trained and served with it:
+
+1. tokenizer.json is the vocabulary; without one, SentencePiece's tokenizer.model is. Its scores are used in any case.
+2. added_tokens_decoder of tokenizer_config.json adds tokens and overrides flags; checkpoints without it have
+   added_tokens.json and special_tokens_map.json instead.
+3. Classes of the Llama line build the frame of BOS and EOS from add_bos_token and add_eos_token and forget the file's
+   post-processor; other classes use the post-processor and ignore these two keys.
+4. chat_template.jinja wins over chat_template in tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converters.config import ModelConfig
+from converters.errors import ModelError
+from converters.fast_tokenizer import read_fast_tokenizer
+from converters.sentencepiece_model import read_sentencepiece
+from converters.vocabulary import (
+    AddedToken,
+    SpacePrefix,
+    Token,
+    TokenizerKind,
+    TokenType,
+    Vocabulary,
+    padded,
+    with_added,
+)
+
+__all__ = ["SpacePrefix", "Token", "TokenType", "Tokenizer", "TokenizerKind", "read_tokenizer"]
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# Classes that make the frame themselves: (add_bos_token, add_eos_token) where tokenizer_config.json has none.
+FRAME_DEFAULTS = {
+    "LlamaTokenizer": (True, False),
+    "CodeLlamaTokenizer": (True, False),
+    "GemmaTokenizer": (True, False),
+    "CohereTokenizer": (True, False),
+    "GPTNeoXTokenizer": (False, False),
+}
+# What a class takes for special tokens that no file names.
+NAME_DEFAULTS = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+}
+# The class that transformers takes where tokenizer_config.json names none.
+CLASS_OF_FAMILY = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Json = dict[str, Any]  # parsed JSON of a foreign format: each field is checked where it is used
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Everything that turns text into ids and back. `tokens` has exactly vocab_size rows, padded with UNUSED ones."""
+
+    kind: TokenizerKind
+    tokens: tuple[Token, ...]
+    merges: tuple[tuple[str, str], ...]
+    split_patterns: tuple[str, ...]  # pre-tokenizer regexes of byte-level BPE, in order; empty for SentencePiece
+    ignore_merges: bool  # a word that is in the vocabulary is one token, whatever the merges say
+    space_prefix: SpacePrefix
+    add_bos: bool
+    add_eos: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]  # the first one ends a document, all of them stop generation
+    pad_id: int | None
+    unk_id: int | None
+    chat_template: str | None
+    files: Mapping[str, Path]  # the checkpoint's own files by name, for containers that take them as they are
+
+
+def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    The model's configuration has the size of the vocabulary and the ids that stop generation, and fills in what the
+    tokenizer files leave open. Raises ModelError for files that are missing, damaged, of an unsupported kind, or do
+    not match the size.
+    """
+    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    settings = _read_json(files, "tokenizer_config.json")
+    cls = str(settings.get("tokenizer_class") or CLASS_OF_FAMILY.get(config.family, "")).removesuffix("Fast")
+    vocabulary, where = _read_vocabulary(files, settings, cls, folder)
+    names = _special_names(files, settings, cls)
+    tokens = with_added(vocabulary.tokens, _added_tokens(files, settings, names, vocabulary), where)
+    ids = {token.text: index for index, token in tokens.items()}
+    rows = padded(tokens, config.vocab_size, where)
+    bos, eos = _frame(vocabulary, settings, cls, names, where)
+    bos_id = ids.get(bos or names.get("bos_token", ""), config.bos_token_id)
+    tokenizer = Tokenizer(
+        kind=vocabulary.kind,
+        tokens=rows,
+        merges=vocabulary.merges,
+        split_patterns=vocabulary.split_patterns,
+        ignore_merges=vocabulary.ignore_merges,
+        space_prefix=vocabulary.space_prefix,
+        add_bos=bos is not None,
+        add_eos=eos is not None,
+        bos_id=bos_id,
+        eos_ids=_eos_ids(config.eos_token_ids, ids.get(eos or names.get("eos_token", ""))),
+        pad_id=ids.get(names.get("pad_token", ""), config.pad_token_id),
+        unk_id=ids.get(names.get("unk_token", "")),
+        chat_template=_chat_template(files, settings),
+        files=files,
+    )
+    _check_special_ids(tokenizer, where)
+    return tokenizer
+
+
+def _eos_ids(configured: Sequence[int], own: int | None) -> tuple[int, ...]:
+    """The model's stop ids without repeats. The tokenizer's own EOS, if it is one of them, goes first; it stands in
+    where the model names none."""
+    ids = tuple(dict.fromkeys(configured))
+    if own is None:
+        return ids
+    return (own, *(index for index in ids if index != own)) if own in ids or not ids else ids
+
+
+def _read_json(files: Mapping[str, Path], name: str) -> Json:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("a tokenizer file is not valid JSON", where=name, found=str(error)) from error
+    if not isinstance(value, dict):
+        raise ModelError("a tokenizer file has no JSON object", where=name, found=type(value).__name__)
+    return value
+
+
+def _read_vocabulary(files: Mapping[str, Path], settings: Json, cls: str, folder: Path) -> tuple[Vocabulary, str]:
+    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        raise ModelError(
+            "the checkpoint has no tokenizer",
+            where=str(folder),
+            expected="tokenizer.json or tokenizer.model",
+            found=", ".join(sorted(files)) or "no tokenizer files",
+            mend="Copy the tokenizer files of the model into the folder.",
+        )
+    if "tokenizer.model" not in files:
+        return read_fast_tokenizer(files["tokenizer.json"]), "tokenizer.json"
+    # transformers builds a Llama tokenizer anew from tokenizer.model if add_prefix_space is stated.
+    rebuilt = cls == "LlamaTokenizer" and settings.get("add_prefix_space") is not None
+    if "tokenizer.json" not in files or rebuilt:
+        vocabulary = read_sentencepiece(files["tokenizer.model"])
+        return replace(vocabulary, space_prefix=_rebuilt_prefix(settings)), "tokenizer.model"
+    vocabulary = read_fast_tokenizer(files["tokenizer.json"])
+    if vocabulary.kind is TokenizerKind.SENTENCEPIECE:
+        vocabulary = _with_scores(vocabulary, read_sentencepiece(files["tokenizer.model"]))
+    return vocabulary, "tokenizer.json"
+
+
+def _rebuilt_prefix(settings: Json) -> SpacePrefix:
+    """transformers' conversion of a SentencePiece model (convert_slow_tokenizer.LlamaConverter)."""
+    if settings.get("add_prefix_space") is False:
+        return SpacePrefix.NEVER
+    legacy = settings.get("legacy")
+    return SpacePrefix.ALWAYS if legacy is None or legacy else SpacePrefix.FIRST
+
+
+def _with_scores(vocabulary: Vocabulary, model: Vocabulary) -> Vocabulary:
+    """Scores and types of tokenizer.model, if tokenizer.json has all of its pieces at the same ids."""
+    tokens = dict(vocabulary.tokens)
+    for index, piece in model.tokens.items():
+        token = tokens.get(index)
+        if token is None or token.text != piece.text:
+            return vocabulary  # another model's, or an older one: tokenizer.json decides
+        if token.type is TokenType.NORMAL:
+            tokens[index] = replace(token, score=piece.score, type=piece.type)
+    return replace(vocabulary, tokens=tokens)
+
+
+def _special_names(files: Mapping[str, Path], settings: Json, cls: str) -> dict[str, str]:
+    """The text of bos_token, eos_token and so on. tokenizer_config.json goes before special_tokens_map.json, unless
+    it is of the old kind without added_tokens_decoder."""
+    special = _read_json(files, "special_tokens_map.json")
+    layers = [special, settings] if "added_tokens_decoder" in settings else [settings, special]
+    names = dict(NAME_DEFAULTS.get(cls, {}))
+    if "added_tokens_decoder" in settings:
+        layers = [settings]
+    for layer in layers:
+        for name in NAMES:
+            if name in layer:
+                value = layer[name]
+                names[name] = value["content"] if isinstance(value, dict) else value
+    return {name: text for name, text in names.items() if isinstance(text, str)}
+
+
+def _added_tokens(
+    files: Mapping[str, Path], settings: Json, names: Mapping[str, str], vocabulary: Vocabulary
+) -> dict[int, AddedToken]:
+    """Tokens that the files beside the vocabulary add or give other flags, by id."""
+    ids = vocabulary.ids()
+    added: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in settings:
+        for key, item in settings["added_tokens_decoder"].items():
+            token = _added(item["content"], item, item.get("special", False))
+            # A token that has a name is special, unless the vocabulary has it as it is here.
+            if token.text in names.values() and not _is_same(vocabulary.tokens.get(int(key)), token):
+                token = replace(token, special=True)
+            added[int(key)] = token
+    else:
+        flags = _special_flags(files)
+        for text, index in _read_json(files, "added_tokens.json").items():
+            added[index] = flags.get(text, AddedToken(text, text in names.values()))
+        for text, token in flags.items():
+            if text in ids and vocabulary.tokens[ids[text]].type not in (TokenType.CONTROL, TokenType.USER_DEFINED):
+                added.setdefault(ids[text], token)
+    # A special token that is only named is one all the same; one that exists nowhere goes to the end.
+    ids |= {token.text: index for index, token in added.items()}
+    for text in names.values():
+        index = ids.setdefault(text, max(ids.values()) + 1)
+        known = vocabulary.tokens.get(index)
+        if index not in added and (known is None or known.type is TokenType.NORMAL):
+            added[index] = AddedToken(text, special=True)
+    return added
+
+
+def _is_same(old: Token | None, new: AddedToken) -> bool:
+    kind = TokenType.CONTROL if new.special else TokenType.USER_DEFINED
+    return old is not None and (old.text, old.type, old.lstrip, old.rstrip) == (new.text, kind, new.lstrip, new.rstrip)
+
+
+def _special_flags(files: Mapping[str, Path]) -> dict[str, AddedToken]:
+    special = _read_json(files, "special_tokens_map.json")
+    items = [special[name] for name in NAMES if name in special] + special.get("additional_special_tokens", [])
+    tokens = (_added(i["content"], i, True) if isinstance(i, dict) else AddedToken(i, True) for i in items)
+    return {token.text: token for token in tokens}
+
+
+def _added(text: str, item: Json, special: bool) -> AddedToken:
+    return AddedToken(text, special, item.get("lstrip", False), item.get("rstrip", False))
+
+
+def _frame(
+    vocabulary: Vocabulary, settings: Json, cls: str, names: Mapping[str, str], where: str
+) -> tuple[str | None, str | None]:
+    """The special token put before each text, and the one put after it."""
+    if cls in FRAME_DEFAULTS:
+        add_bos, add_eos = FRAME_DEFAULTS[cls]
+        bos = names.get("bos_token") if settings.get("add_bos_token", add_bos) else None
+        eos = names.get("eos_token") if settings.get("add_eos_token", add_eos) else None
+        return bos, eos
+    prefix, suffix = vocabulary.prefix, vocabulary.suffix
+    if len(prefix) > 1 or len(suffix) > 1:
+        raise ModelError(
+            "the tokenizer puts several special tokens around a text",
+            where=where,
+            expected="at most one before and one after",
+            found=f"{' '.join(prefix)} … {' '.join(suffix)}",
+        )
+    return next(iter(prefix), None), next(iter(suffix), None)
+
+
+def _chat_template(files: Mapping[str, Path], settings: Json) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        return named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _check_special_ids(tokenizer: Tokenizer, where: str) -> None:
+    size = len(tokenizer.tokens)
+    if not tokenizer.eos_ids:
+        raise ModelError(
+            "the model has no end-of-sequence token",
+            where=where,
+            mend="Set eos_token_id in generation_config.json or config.json, or eos_token in tokenizer_config.json.",
+        )
+    for name, ids in (("bos", (tokenizer.bos_id,)), ("eos", tokenizer.eos_ids), ("pad", (tokenizer.pad_id,))):
+        for index in ids:
+            if index is not None and not 0 <= index < size:
+                raise ModelError(
+                    f"the {name} token id is outside the vocabulary",
+                    where="generation_config.json or config.json",
+                    expected=f"an id below {size}",
+                    found=str(index),
+                )

@@ -1,0 +1,116 @@
+"""tokenizer.json for containers that need one, made where the checkpoint has only SentencePiece's tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+
+from converters.fast_tokenizer import SPACE
+from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
+from converters.vocabulary import is_filler
+
+ADDED = frozenset((TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))
+
+
+def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The text of a tokenizer.json: the checkpoint's own if the record was read from it, otherwise one that encodes as
+    the SentencePiece model does."""
+    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE or tokenizer.merges:
+        return tokenizer.files["tokenizer.json"].read_text(encoding="utf-8")
+    return json.dumps(_built(tokenizer), ensure_ascii=False, indent=1) + "\n"
+
+
+def _built(tokenizer: Tokenizer) -> dict[str, object]:
+    """The layout that transformers' own conversion has (convert_slow_tokenizer.LlamaConverter), from the record."""
+    tokens = {index: token for index, token in enumerate(tokenizer.tokens) if not is_filler(index, token)}
+    first = tokenizer.space_prefix is SpacePrefix.FIRST
+    unknown = [token.text for token in tokens.values() if token.type is TokenType.UNKNOWN]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(index, token) for index, token in tokens.items() if token.type in ADDED],
+        "normalizer": None if first else _normalizer(tokenizer.space_prefix),
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+        if first
+        else None,
+        "post_processor": _frame(tokenizer),
+        "decoder": _decoder(tokenizer.space_prefix),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown[0] if unknown else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token.text: index for index, token in tokens.items()},
+            "merges": [list(pair) for pair in merges_of_scores(list(tokens.values()))],
+        },
+    }
+
+
+def merges_of_scores(tokens: list[Token]) -> list[tuple[str, str]]:
+    """All pairs that make a token, the highest score first: SentencePiece joins any two pieces that form a piece."""
+    texts = {token.text for token in tokens}
+    pairs = [
+        (-token.score, index, token.text[:cut], token.text[cut:])
+        for index, token in enumerate(tokens)
+        if token.type is TokenType.NORMAL
+        for cut in range(1, len(token.text))
+        if token.text[:cut] in texts and token.text[cut:] in texts
+    ]
+    return [(left, right) for _, _, left, right in sorted(pairs)]
+
+
+def _added_token(index: int, token: Token) -> dict[str, object]:
+    return {
+        "id": index,
+        "content": token.text,
+        "single_word": False,
+        "lstrip": token.lstrip,
+        "rstrip": token.rstrip,
+        "normalized": False,
+        "special": token.type is not TokenType.USER_DEFINED,
+    }
+
+
+def _normalizer(prefix: SpacePrefix) -> dict[str, object]:
+    replace: dict[str, object] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if prefix is SpacePrefix.NEVER:
+        return replace
+    return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
+
+
+def _decoder(prefix: SpacePrefix) -> dict[str, object]:
+    steps: list[dict[str, object]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix is not SpacePrefix.NEVER:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _frame(tokenizer: Tokenizer) -> dict[str, object] | None:
+    """BOS and EOS around a text, and around each text of a pair."""
+    before = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    after = [tokenizer.eos_ids[0]] if tokenizer.add_eos else []
+    if not before and not after:
+        return None
+
+    def sequence(name: str, kind: int) -> list[object]:
+        special = [
+            [{"SpecialToken": {"id": tokenizer.tokens[index].text, "type_id": kind}} for index in ids]
+            for ids in (before, after)
+        ]
+        return [*special[0], {"Sequence": {"id": name, "type_id": kind}}, *special[1]]
+
+    names = {index: tokenizer.tokens[index].text for index in (*before, *after)}
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": [*sequence("A", 0), *sequence("B", 1)],
+        "special_tokens": {text: {"id": text, "ids": [index], "tokens": [text]} for index, text in names.items()},
+    }

@@ -1,0 +1,144 @@
+"""The parts of a tokenizer record: tokens and their types, and what a vocabulary file states on its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from converters.errors import ModelError
+
+
+class TokenizerKind(Enum):
+    """The algorithm: SentencePiece-style BPE with scores and byte fallback, or byte-level BPE with merges."""
+
+    SENTENCEPIECE = "sentencepiece"
+    BYTE_LEVEL_BPE = "byte-level BPE"
+
+
+class TokenType(Enum):
+    """What a token is, as far as encoding and printing it goes."""
+
+    NORMAL = "normal"
+    UNKNOWN = "unknown"
+    CONTROL = "control"
+    USER_DEFINED = "user defined"
+    UNUSED = "unused"
+    BYTE = "byte"
+
+
+class SpacePrefix(Enum):
+    """Where encoding puts a space that the text does not have."""
+
+    NEVER = "never"
+    FIRST = "at the start of the text"
+    ALWAYS = "at the start of the text and after each added token"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One row of the vocabulary. `score` orders SentencePiece merges and is 0 elsewhere.
+
+    Added tokens (control and user defined ones) are plain text; the others are spelled in the vocabulary's own
+    alphabet: U+2581 for a space in SentencePiece, GPT-2's 256 printable characters for bytes in byte-level BPE.
+    lstrip and rstrip: an added token swallows the white space before or after it.
+    """
+
+    text: str
+    type: TokenType
+    score: float = 0.0
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is found in the text before anything else, and, where `special`, never printed."""
+
+    text: str
+    special: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What one vocabulary file (tokenizer.json or tokenizer.model) states. `tokens` is by id and may have gaps.
+
+    `prefix` and `suffix` are the special tokens that the file itself puts around each text. `ignore_merges`: a word
+    that is in the vocabulary is one token, whatever the merges say.
+    """
+
+    kind: TokenizerKind
+    tokens: Mapping[int, Token]
+    merges: tuple[tuple[str, str], ...] = ()
+    split_patterns: tuple[str, ...] = ()
+    ignore_merges: bool = False
+    space_prefix: SpacePrefix = SpacePrefix.NEVER
+    prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
+
+    def ids(self) -> dict[str, int]:
+        """Token id by text."""
+        return {token.text: index for index, token in self.tokens.items()}
+
+
+def with_added(tokens: Mapping[int, Token], added: Mapping[int, AddedToken], where: str) -> dict[int, Token]:
+    """`tokens` with added ones put in their places; a token that is there already becomes an added one.
+
+    Raises ModelError where an id already belongs to another text.
+    """
+    result = dict(tokens)
+    for index, new in sorted(added.items()):
+        old = result.get(index)
+        if old is not None and old.text != new.text:
+            raise ModelError(
+                f"added token {new.text!r} has the id of another token",
+                where=where,
+                expected=f"{old.text!r} at id {index}",
+                found=repr(new.text),
+                mend="The tokenizer files come from different models: fetch the checkpoint again.",
+            )
+        result[index] = Token(
+            new.text, _added_type(old, new), old.score if old else 0.0, lstrip=new.lstrip, rstrip=new.rstrip
+        )
+    return result
+
+
+def _added_type(old: Token | None, new: AddedToken) -> TokenType:
+    if old is not None and old.type is TokenType.UNKNOWN:
+        return TokenType.UNKNOWN
+    return TokenType.CONTROL if new.special else TokenType.USER_DEFINED
+
+
+def padded(tokens: Mapping[int, Token], vocab_size: int, where: str) -> tuple[Token, ...]:
+    """Exactly `vocab_size` rows: ids without a token get unused ones. Raises ModelError for ids beyond."""
+    beyond = sorted(index for index in tokens if not 0 <= index < vocab_size)
+    if beyond:
+        raise ModelError(
+            "the tokenizer does not match the model's vocab_size",
+            where=where,
+            expected=f"token ids below {vocab_size}",
+            found=f"{len(beyond)} beyond, the first is {tokens[beyond[0]].text!r} with id {beyond[0]}",
+            mend="The tokenizer files and config.json come from different models, or tokens were added without "
+            "resizing the embedding: take both from the same checkpoint.",
+        )
+    texts = {token.text for token in tokens.values()}
+    rows = [tokens.get(index) or _filler(index, texts) for index in range(vocab_size)]
+    for text, count in Counter(token.text for token in rows).items():
+        if count > 1:
+            raise ModelError(f"{count} token ids have the same text", where=where, found=repr(text))
+    return tuple(rows)
+
+
+def _filler(index: int, texts: set[str]) -> Token:
+    text = f"[PAD{index}]"
+    while text in texts:
+        text = f"[{text}]"
+    return Token(text, TokenType.UNUSED)
+
+
+def is_filler(index: int, token: Token) -> bool:
+    """Whether a row is there only to fill the vocabulary up to the embedding's size."""
+    return token.type is TokenType.UNUSED and token.text.strip("[]") == f"PAD{index}"
