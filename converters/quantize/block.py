@@ -1,0 +1,56 @@
+"""Rows of a checkpoint tensor in the form their scheme stores."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from converters.errors import ModelError
+from converters.graph import Weight
+from converters.quantize.rtn import quantize_rtn
+from converters.quantize.scheme import NumberType, Scheme
+from converters.quantize.tensor import F32, FloatArray, QuantTensor, Tensor
+
+
+def quantize_rows(weight: Weight, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) under the weight's scheme; ModelError names a tensor with NaN, Inf or too large values."""
+    rows = weight.source.read(start, stop)
+    values = rows.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        bad = np.argwhere(~np.isfinite(values))[0]
+        at = [int(bad[0]) + start, *map(int, bad[1:])]
+        raise ModelError(
+            "weights contain NaN or Inf",
+            where=f"{weight.name}, element {at}",
+            expected="finite numbers",
+            found=str(values[tuple(bad)]),
+            mend="The checkpoint is damaged or its training diverged: download it again or use another.",
+        )
+    if weight.scheme.is_integer:
+        return quantize_rtn(values, weight.scheme)
+    return _cast(weight, values, weight.scheme)
+
+
+def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:
+    if scheme.type is NumberType.BFLOAT:
+        return values.astype(ml_dtypes.bfloat16)
+    if scheme.bits == 32:
+        return values
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ModelError(
+            "weights do not fit fp16",
+            where=weight.name,
+            expected="magnitudes up to 65504",
+            found=f"{np.abs(values).max():.6g}",
+            mend="Choose bf16, fp32 or an integer scheme for this role.",
+        )
+    return half
+
+
+def dequantize(tensor: Tensor) -> F32:
+    """The exact float32 values of a stored tensor."""
+    if isinstance(tensor, QuantTensor):
+        return tensor.dequantize()
+    return tensor.astype(np.float32, copy=False)
