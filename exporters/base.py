@@ -1,0 +1,186 @@
+"""What every exporter provides: capabilities, a layout, packing, and the way back through its own runtime.
+
+An exporter states the place of every byte before any weight is read (`Layout`); the job then reads and quantizes each
+weight once, in blocks of rows, and hands the block to every exporter's packing functions. Exporters never see one
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # recipes and the command line's help import this module, and need no numpy for it
+    from converters.graph import Graph
+    from converters.quantize.tensor import F32, U8, Tensor
+    from converters.tokenizer import Tokenizer
+
+
+class Target(StrEnum):
+    """The containers, under the names that recipes and folders use."""
+
+    GGUF = "gguf"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+    MLX = "mlx"
+
+
+class Activations(StrEnum):
+    """The float type a runtime computes in, where the container states one."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class TargetOptions(BaseModel):
+    """Options common to all containers. An exporter extends it with its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    activations: Activations | None = None  # None: what the container's users expect
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What an exporter needs to know: the graph with schemes assigned, the tokenizer, and how the model was published.
+
+    `context_length` is the recipe's context, at most the model's. `sampling` holds generation_config.json's defaults
+    (temperature, top_k, top_p, do_sample), `name` a human title such as "Phi-3.5-mini-instruct", `licence` its SPDX id
+    if the model card states one.
+    """
+
+    graph: Graph
+    tokenizer: Tokenizer
+    context_length: int
+    name: str
+    licence: str | None = None
+    sampling: Mapping[str, float | int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows of one weight go: row r starts at byte `offset + r * row_nbytes` of `file`.
+
+    `pack` turns a block of rows, [n, in] quantized or float ([n] for norms), into u8[n * row_nbytes]. Blocks start and
+    end at multiples of `row_multiple` rows: packing may reorder rows within such a block.
+    """
+
+    file: str
+    offset: int
+    row_nbytes: int
+    pack: Callable[[Tensor], U8]
+    row_multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BigFile:
+    """A file that holds weights: its exact size, and the (offset, bytes) that are known before any weight is read."""
+
+    nbytes: int
+    fixed: Sequence[tuple[int, bytes]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every byte of an artifact folder. `places` has each weight of the graph, by name, at least once."""
+
+    big: Mapping[str, BigFile]
+    places: Mapping[str, Sequence[Place]]
+    small: Mapping[str, bytes]  # complete small files by their path in the folder
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.big.values()) + sum(len(data) for data in self.small.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy answer: the ids after the prompt, the text without special tokens, and whether a stop token ended it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """A tensor as a container stores it: for people to look at, with the container's own names."""
+
+    file: str
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Semantics:
+    """How an artifact treats its context: a sentence for the manifest, and the sequence lengths at which it computes
+    what the model itself computes. LongRoPE makes these differ between runtimes."""
+
+    sentence: str
+    exact_from: int
+    exact_to: int
+
+
+class Runtime(Protocol):
+    """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
+
+    def logits(self, token_ids: Sequence[int]) -> F32:
+        """f32[length, vocab] for one sequence from position 0, computed afresh."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of text as a prompt: special tokens in it are recognized, and BOS is added where the model wants one."""
+        ...
+
+    def answer(self, prompt: str, max_tokens: int) -> Answer:
+        """Greedy continuation of a prompt that already went through the chat template (BOS not added twice)."""
+        ...
+
+
+class Exporter(Protocol):
+    """One container. Implemented by a module-level object named EXPORTER in exporters/<target>/__init__.py's module."""
+
+    target: Target
+    options: type[TargetOptions]
+    requires: tuple[str, ...]  # import names needed to export; missing ones are an error that names the extra
+    runtime_requires: tuple[str, ...]  # import names needed to open the artifact
+    extra: str  # the pip extra that brings both
+
+    def check(self, model: Model, options: TargetOptions) -> None:
+        """UsageError or ModelError if the container cannot hold this model with these schemes."""
+        ...
+
+    def layout(self, model: Model, options: TargetOptions) -> Layout:
+        """Every byte's place; reads no weights."""
+        ...
+
+    def semantics(self, model: Model, options: TargetOptions) -> Semantics:
+        """How this artifact treats LongRoPE, sliding windows and the context limit."""
+        ...
+
+    def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
+        """(weight name, f32[out, in]) of every matrix, dequantized by the ecosystem's own reader, in any order.
+
+        Yields a tied matrix once; leaves norms out.
+        """
+        ...
+
+    def open(self, folder: Path, options: TargetOptions) -> Runtime:
+        """Open the artifact in its real runtime with the runtime's own approximations off, as far as options allow."""
+        ...
+
+    def tensors(self, folder: Path) -> Iterator[TensorRow]:
+        """A row a tensor of an artifact folder; reads no weights."""
+        ...
+
+    def devices(self) -> list[str]:
+        """What the runtime finds to compute on here. Imports it: call this in a process of its own."""
+        ...

@@ -1,0 +1,137 @@
+"""The pour: places are filled, digests are those of the canonical values, and failures are named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters.config import ModelConfig, Rope, RopeKind
+from converters.errors import ModelError, ResourceError
+from converters.graph import Graph, Weight
+from converters.quantize.rtn import quantize_rtn
+from converters.quantize.scheme import SCHEMES
+from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor, Tensor
+from converters.role import Role
+from exporters.base import BigFile, Layout, Place, Target
+from tundish import pour as pour_module
+from tundish.digest import MatrixDigest
+from tundish.pour import pour, row_blocks
+
+
+@dataclass(frozen=True)
+class Source:
+    values: F32
+    location: tuple[str, int] = ("", 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.float32]:
+        return self.values.dtype
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        return self.values[start:stop]
+
+
+CONFIG = ModelConfig(
+    "phi3", 8, 64, 64, 1, 1, 1, 64, 1e-5, Rope(RopeKind.DEFAULT, 1e4, 64), 16, None, True, None, (), None
+)
+
+
+def graph_of(**matrices: F32) -> Graph:
+    scheme = SCHEMES["int4_g32"]
+    weights = {name: Weight(name, Role.MLP_UP, 0, Source(values), scheme) for name, values in matrices.items()}
+    return Graph(CONFIG, (), weights, {})
+
+
+def codes_of(tensor: Tensor) -> U8:
+    assert isinstance(tensor, QuantTensor)
+    return tensor.codes
+
+
+def scales_of(tensor: Tensor) -> U8:
+    assert isinstance(tensor, QuantTensor)
+    return tensor.scale.view(np.uint8)
+
+
+def layout_of(graph: Graph) -> Layout:
+    """All codes in one file behind a header, all scales in another."""
+    places, codes_end, scales_end = {}, 5, 0
+    for name, weight in graph.weights.items():
+        rows, width = weight.shape
+        places[name] = [
+            Place("deep/codes", codes_end, width, codes_of),
+            Place("scales", scales_end, width // 32 * 2, scales_of, row_multiple=2),
+        ]
+        codes_end, scales_end = codes_end + rows * width, scales_end + rows * width // 16
+    return Layout(
+        {"deep/codes": BigFile(codes_end, [(0, b"HEAD!")]), "scales": BigFile(scales_end)}, places, {"a/b.json": b"{}"}
+    )
+
+
+def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pour_module, "BLOCK_ELEMENTS", 300)  # several blocks a matrix, the last one shorter
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (10, 6))
+    graph = graph_of(first=first, second=second)
+    done: list[int] = []
+    digests = pour(graph, {Target.GGUF: layout_of(graph), Target.MLX: layout_of(graph)}, tmp_path, done.append)
+    assert sum(done) == first.size + second.size
+    expected = [quantize_rtn(values, SCHEMES["int4_g32"]) for values in (first, second)]
+    for target in ("gguf", "mlx"):
+        assert (tmp_path / target / "deep" / "codes").read_bytes() == b"HEAD!" + b"".join(
+            tensor.codes.tobytes() for tensor in expected
+        )
+        assert (tmp_path / target / "scales").read_bytes() == b"".join(tensor.scale.tobytes() for tensor in expected)
+        assert (tmp_path / target / "a" / "b.json").read_bytes() == b"{}"
+    assert digests == {
+        name: hashlib.sha256((tensor.dequantize() + np.float32(0)).tobytes()).hexdigest()
+        for name, tensor in zip(("first", "second"), expected, strict=True)
+    }
+
+
+def test_blocks_respect_the_multiple() -> None:
+    weight = graph_of(w=np.zeros((10, 64), np.float32)).weights["w"]
+    places = [Place("f", 0, 1, codes_of, 4), Place("f", 0, 1, codes_of, 6)]
+    assert list(row_blocks(weight, places)) == [(0, 10)]
+    big = replace(weight, source=Source(np.zeros((100_000, 64), np.float32)))
+    starts = [start for start, _ in row_blocks(big, places)]
+    assert len(starts) == 2 and starts[1] % 12 == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_numbers_are_named(tmp_path: Path, bad: float) -> None:
+    values = np.zeros((6, 64), np.float32)
+    values[4, 7] = bad
+    graph = graph_of(good=np.zeros((2, 64), np.float32), spoilt=values)
+    with pytest.raises(ModelError, match=r"NaN or Inf \(spoilt, element \[4, 7\]\)"):
+        pour(graph, {Target.GGUF: layout_of(graph)}, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    graph = graph_of(w=np.zeros((2, 64), np.float32))
+    with pytest.raises(ResourceError, match=r"cannot write: No space left.*plan") as caught:
+        pour(graph, {Target.GGUF: layout_of(graph)}, tmp_path)
+    assert caught.value.exit_status == 5
+
+
+def test_zeros_of_either_sign_have_one_digest() -> None:
+    digests = []
+    for zero in (0.0, -0.0):
+        digest = MatrixDigest()
+        digest.update(np.array([[zero, 1.5]], np.float32))
+        digests.append(digest.hexdigest())
+    assert digests[0] == digests[1]
