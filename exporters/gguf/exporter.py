@@ -1,0 +1,81 @@
+"""GGUF: one file for llama.cpp and what is built on it (Ollama, LM Studio)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from converters.errors import ModelError
+from converters.quantize.tensor import F32
+from exporters.base import Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.gguf import examine
+from exporters.gguf.context import semantics
+from exporters.options import GgufOptions
+
+FILE = "model.gguf"
+
+
+class GgufExporter:
+    """The container of llama.cpp. gguf and xllamacpp are imported only when a method needs them."""
+
+    target = Target.GGUF
+    options: type[TargetOptions] = GgufOptions
+    requires: tuple[str, ...] = ("gguf",)
+    runtime_requires: tuple[str, ...] = ("gguf", "xllamacpp")
+    extra = "gguf"
+
+    def check(self, model: Model, options: TargetOptions) -> None:
+        """UsageError for schemes that GGUF cannot hold, ModelError for shapes that llama.cpp's graphs do not have."""
+        from exporters.gguf.tensors import gguf_tensors
+
+        config = model.graph.config
+        if config.family == "phi3":
+            width = config.num_heads * config.head_dim
+            _require("phi3 in llama.cpp: heads span the hidden size", width, config.hidden_size)
+        else:
+            _require("llama in llama.cpp: all of a head is rotated", config.rope.dim, config.head_dim)
+        gguf_tensors(model.graph)
+
+    def layout(self, model: Model, options: TargetOptions) -> Layout:
+        """One file: header, metadata, tensor table, then the tensors at multiples of 32 bytes."""
+        from exporters.gguf.layout import gguf_layout
+
+        return gguf_layout(model, FILE)
+
+    def semantics(self, model: Model, options: TargetOptions) -> Semantics:
+        """How llama.cpp, opening this file, treats LongRoPE, the context limit and the sliding window."""
+        return semantics(model)
+
+    def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
+        """Every matrix as gguf-py's reader sees it, by canonical name."""
+        from exporters.gguf.read import read_weights
+
+        return read_weights(folder / FILE, model.graph)
+
+    def open(self, folder: Path, options: TargetOptions) -> Runtime:
+        """The file in llama.cpp, on the CPU, with a float32 KV cache and without flash attention."""
+        from exporters.gguf.runtime import LlamaCpp
+
+        return LlamaCpp(folder / FILE)
+
+    def tensors(self, folder: Path) -> Iterator[TensorRow]:
+        """What GGUFReader finds in the folder's files."""
+        return examine.tensors(folder)
+
+    def devices(self) -> list[str]:
+        """llama.cpp's devices."""
+        return examine.devices()
+
+
+def _require(rule: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ModelError(
+            "llama.cpp cannot run a model of this shape",
+            where=rule,
+            expected=str(expected),
+            found=str(found),
+            mend="Leave gguf out of the recipe's targets.",
+        )
+
+
+EXPORTER = GgufExporter()

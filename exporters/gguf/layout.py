@@ -1,0 +1,66 @@
+"""Where every byte of the file lies. GGUF version 3: header, key-values, tensor table, tensors at multiples of 32."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
+
+from exporters.base import BigFile, Layout, Model, Place
+from exporters.gguf.entry import Entry
+from exporters.gguf.metadata import metadata
+from exporters.gguf.pack import PACKERS, interleaving
+from exporters.gguf.tensors import GgufTensor, architecture, gguf_tensors
+from exporters.gguf.vocab import tokenizer_metadata
+
+
+def gguf_layout(model: Model, file: str) -> Layout:
+    """The layout of an artifact of one file of that name."""
+    tensors = gguf_tensors(model.graph)
+    entries = [*metadata(model, tensors), *tokenizer_metadata(model.tokenizer)]
+    header = header_bytes(architecture(model.graph), entries, tensors)
+    fixed = [(0, header)]
+    places: dict[str, list[Place]] = {}
+    offset = len(header)
+    for tensor in tensors:
+        if tensor.constant is not None:
+            fixed.append((offset, tensor.constant.astype("<f4").tobytes()))
+        start = offset
+        for part in tensor.parts:
+            places[part.name] = [_place(tensor, file, start)]
+            start += part.shape[0] * tensor.row_nbytes
+        offset = _aligned(offset + tensor.nbytes)
+    return Layout(big={file: BigFile(offset, tuple(fixed))}, places=places, small={})
+
+
+def _place(tensor: GgufTensor, file: str, offset: int) -> Place:
+    pack = PACKERS[tensor.type]
+    if tensor.head_dim is None:
+        return Place(file, offset, tensor.row_nbytes, pack)
+    return Place(file, offset, tensor.row_nbytes, interleaving(pack, tensor.head_dim), tensor.head_dim)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
+
+
+def header_bytes(arch: str, entries: Sequence[Entry], tensors: Sequence[GgufTensor]) -> bytes:
+    """Everything before the first tensor, padded to where it begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer = GGUFWriter(None, arch)
+        for entry in entries:
+            if entry.key != "general.architecture":  # the writer has added it already
+                writer.add_key_value(entry.key, entry.value, entry.type, entry.item)
+        for tensor in tensors:
+            # The writer looks at the numpy dtype only where no GGML type is given.
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header.ljust(_aligned(len(header)), b"\0")

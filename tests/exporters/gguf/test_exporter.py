@@ -1,0 +1,147 @@
+"""The file without the runtime: layout, tensor table, metadata, reading back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
+
+from converters.errors import GateError
+from converters.passes.assign import assign_schemes
+from converters.quantize.scheme import SCHEMES, scheme_named
+from converters.role import Role
+from exporters.gguf.exporter import EXPORTER, FILE
+from tests.exporters.gguf.models import (
+    BASE,
+    CONFIGS,
+    LONGROPE,
+    layout_of,
+    model_of,
+    random_graph,
+    stored_values,
+    write_artifact,
+)
+
+OPTIONS = EXPORTER.options()
+
+
+def reader(folder: Path) -> GGUFReader:
+    return GGUFReader(folder / FILE)
+
+
+def value_of(file: GGUFReader, key: str) -> object:
+    return file.fields[key].contents()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["phi3_gqa_tied", "mistral_wide_heads"])
+def test_read_back_gives_the_canonical_matrices(scheme: str, name: str, tmp_path: Path) -> None:
+    graph = assign_schemes(random_graph(CONFIGS[name]), scheme_named(scheme), {})
+    model = model_of(graph)
+    artifact = write_artifact(model, tmp_path)
+    found = dict(EXPORTER.read_back(artifact, model))
+    assert set(found) == {name for name, weight in graph.weights.items() if len(weight.shape) == 2}
+    for weight, rows in found.items():
+        assert np.array_equal(rows, stored_values(graph.weights[weight])), weight
+
+
+def test_read_back_names_a_missing_tensor(tmp_path: Path) -> None:
+    artifact = write_artifact(model_of(random_graph(CONFIGS["phi3_gqa_tied"])), tmp_path)
+    untied = model_of(random_graph(replace(CONFIGS["phi3_gqa_tied"], tie_embeddings=False)))
+    with pytest.raises(GateError, match=r"output\.weight"):
+        list(EXPORTER.read_back(artifact, untied))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layout_covers_every_byte_once(name: str) -> None:
+    graph = assign_schemes(random_graph(CONFIGS[name]), scheme_named("int4_g32"), {Role.ATTN_K: scheme_named("fp16")})
+    layout = layout_of(model_of(graph))
+    assert set(layout.places) == set(graph.weights)
+    assert list(layout.big) == [FILE] and not layout.small
+    spans = [(offset, offset + len(data)) for offset, data in layout.big[FILE].fixed]
+    for weight, places in layout.places.items():
+        (place,) = places
+        spans.append((place.offset, place.offset + graph.weights[weight].shape[0] * place.row_nbytes))
+    spans.sort()
+    assert spans[0][0] == 0 and spans[-1][1] <= layout.nbytes < spans[-1][1] + 32
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        assert end <= start < end + 32
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_are_those_of_the_architecture(name: str, tmp_path: Path) -> None:
+    graph = random_graph(CONFIGS[name])
+    artifact = write_artifact(model_of(graph), tmp_path)
+    file = reader(artifact)
+    arch = MODEL_ARCH.PHI3 if graph.config.family == "phi3" else MODEL_ARCH.LLAMA
+    known = {
+        TENSOR_NAMES[tensor].format(bid=layer) + ".weight"
+        for tensor in MODEL_TENSORS[arch]
+        for layer in range(graph.config.num_layers)
+    }
+    names = [tensor.name for tensor in file.tensors]
+    assert set(names) <= known
+    assert ("output.weight" in names) != graph.config.tie_embeddings
+    assert sum(math.prod(tensor.shape) for tensor in file.tensors if "rope" not in tensor.name) == sum(
+        math.prod(weight.shape) for weight in graph.weights.values()
+    )
+    assert all(tensor.data_offset % 32 == 0 for tensor in file.tensors)
+
+
+def test_metadata_of_a_longrope_model(tmp_path: Path) -> None:
+    graph = assign_schemes(
+        random_graph(CONFIGS["phi3_longrope"]), scheme_named("int4_g32"), {Role.EMBEDDING: scheme_named("int8_g32")}
+    )
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 40, "top_p": 0.875}
+    model = model_of(graph, name="Tiny-instruct", licence="MIT", context_length=512, sampling=sampling)
+    artifact = write_artifact(model, tmp_path)
+    file = reader(artifact)
+    expected = {
+        "general.architecture": "phi3",
+        "general.type": "model",
+        "general.name": "Tiny-instruct",
+        "general.license": "MIT",
+        "general.file_type": LlamaFileType.MOSTLY_Q4_0,
+        "general.quantization_version": 2,
+        "general.sampling.top_k": 40,
+        "general.sampling.top_p": 0.875,
+        "general.sampling.temp": 0.5,
+        "phi3.vocab_size": 320,
+        "phi3.context_length": 512,
+        "phi3.embedding_length": 64,
+        "phi3.block_count": 2,
+        "phi3.feed_forward_length": 96,
+        "phi3.attention.head_count": 4,
+        "phi3.attention.head_count_kv": 4,
+        "phi3.attention.sliding_window": 0,
+        "phi3.rope.dimension_count": 12,
+        "phi3.rope.freq_base": 10000.0,
+        "phi3.rope.scaling.type": "longrope",
+        "phi3.rope.scaling.original_context_length": 256,
+        "phi3.rope.scaling.attn_factor": pytest.approx(1.19),
+        "tokenizer.ggml.model": "llama",
+    }
+    assert {key: value_of(file, key) for key in expected} == expected
+    types = {tensor.name: tensor.tensor_type for tensor in file.tensors}
+    assert types["token_embd.weight"] == GGMLQuantizationType.Q8_0
+    assert types["blk.0.attn_qkv.weight"] == GGMLQuantizationType.Q4_0
+    assert types["blk.0.attn_norm.weight"] == GGMLQuantizationType.F32
+    factors = next(tensor for tensor in file.tensors if tensor.name == "rope_factors_long.weight")
+    assert np.array_equal(factors.data, np.array(LONGROPE.long_factors, np.float32))
+
+
+def test_a_model_published_as_greedy_has_no_sampling_defaults(tmp_path: Path) -> None:
+    model = model_of(random_graph(BASE), sampling={"do_sample": False, "temperature": 0.5})
+    artifact = write_artifact(model, tmp_path)
+    assert not [key for key in reader(artifact).fields if key.startswith("general.sampling")]
+
+
+def test_a_window_is_stated_for_phi3(tmp_path: Path) -> None:
+    artifact = write_artifact(model_of(random_graph(replace(BASE, sliding_window=2047))), tmp_path)
+    assert value_of(reader(artifact), "phi3.attention.sliding_window") == 2047
