@@ -1,0 +1,119 @@
+"""ONNX for ONNX Runtime GenAI: model.onnx, its weights in model.onnx.data, genai_config.json and tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from converters.config import RopeKind
+from converters.errors import UsageError
+from converters.graph import Weight
+from converters.ops import Attention
+from converters.quantize.scheme import NumberType
+from converters.quantize.tensor import F32
+from exporters.base import Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.onnx import examine
+from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
+from exporters.onnx.names import DATA_FILE, MODEL_FILE
+from exporters.onnx.settings import BFLOAT_PROVIDERS, Settings, resolve_settings
+from exporters.onnx.tokenizer_files import tokenizer_files
+from exporters.options import ExecutionProvider, OnnxOptions
+
+
+class OnnxExporter:
+    """See exporters.base.Exporter."""
+
+    target = Target.ONNX
+    options: type[TargetOptions] = OnnxOptions
+    requires: tuple[str, ...] = ("onnx",)
+    runtime_requires: tuple[str, ...] = ("onnx", "onnxruntime", "onnxruntime_genai")
+    extra = "onnx"
+
+    def check(self, model: Model, options: TargetOptions) -> None:
+        settings = resolve_settings(model, options)
+        for weight in model.graph.weights.values():
+            _check_weight(weight, settings)
+        _check_window(model, settings)
+
+    def layout(self, model: Model, options: TargetOptions) -> Layout:
+        from exporters.onnx.lower import lower  # needs onnx, which checking a recipe does not
+
+        settings = resolve_settings(model, options)
+        lowered, matrices = lower(model.graph, settings)
+        small = {
+            MODEL_FILE: lowered.SerializeToString(deterministic=True),
+            "genai_config.json": genai_config(model, settings),
+        }
+        return Layout({DATA_FILE: matrices.data.big_file()}, matrices.places, small | tokenizer_files(model.tokenizer))
+
+    def semantics(self, model: Model, options: TargetOptions) -> Semantics:
+        return Semantics(_sentence(model, resolve_settings(model, options)), 1, model.context_length)
+
+    def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
+        from exporters.onnx.read_back import read_matrices  # needs onnx
+
+        return read_matrices(folder / MODEL_FILE, model.graph)
+
+    def open(self, folder: Path, options: TargetOptions) -> Runtime:
+        from exporters.onnx.runtime import OnnxRuntime  # needs onnxruntime, which exporting does not
+
+        return OnnxRuntime(folder)
+
+    def tensors(self, folder: Path) -> Iterator[TensorRow]:
+        return examine.tensors(folder)
+
+    def devices(self) -> list[str]:
+        return examine.devices()
+
+
+def _sentence(model: Model, settings: Settings) -> str:
+    rope = model.graph.config.rope
+    limit = f"The context is {model.context_length} tokens"
+    if rope.kind is not RopeKind.LONGROPE:
+        return f"{limit}."
+    if not settings.switches_rope:
+        return f"{limit}, within LongRoPE's original {rope.original_context}: the short factors apply throughout."
+    chosen = (
+        f"{limit}; LongRoPE's short factors apply while the whole sequence has at most {rope.original_context} "
+        "tokens, its long factors beyond"
+    )
+    if rope.original_context in REWINDING_TYPES and settings.provider is not ExecutionProvider.DML:
+        return f"{chosen}; an answer that grows past that length is continued from a fresh prefill."
+    return f"{chosen}; an answer that grows past that length goes on from keys cached under the short factors."
+
+
+def _check_weight(weight: Weight, settings: Settings) -> None:
+    scheme = weight.scheme
+    if scheme.type is NumberType.BFLOAT and settings.provider not in BFLOAT_PROVIDERS:
+        raise UsageError(
+            f"ONNX Runtime's {settings.provider} provider cannot read bf16 weights",
+            where=f"target onnx, weight {weight.name}",
+            expected="fp16, fp32 or an integer scheme",
+            found=scheme.name,
+            mend=f"Choose another scheme for {weight.role.value}.",
+        )
+    if scheme.is_integer and not settings.block_size(scheme, weight.shape[1]):
+        raise UsageError(
+            "MatMulNBits needs groups of 16 or a larger power of two",
+            where=f"target onnx, weight {weight.name}",
+            expected="a row length divisible by 32",
+            found=str(weight.shape[1]),
+            mend=f"Choose a float scheme for {weight.role.value}.",
+        )
+
+
+def _check_window(model: Model, settings: Settings) -> None:
+    """DirectML's GroupQueryAttention ignores local_window_size."""
+    attentions = (node.op for node in model.graph.nodes if isinstance(node.op, Attention))
+    window = min((op.window for op in attentions if op.window is not None), default=model.context_length)
+    if settings.provider is ExecutionProvider.DML and window < model.context_length:
+        raise UsageError(
+            "DirectML's attention has no sliding window",
+            where="target onnx, execution_provider dml",
+            expected=f"a context of at most {window} tokens, the model's window",
+            found=str(model.context_length),
+            mend=f"Set context to {window} in the recipe, or build for another execution provider.",
+        )
+
+
+EXPORTER = OnnxExporter()

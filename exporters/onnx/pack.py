@@ -1,0 +1,63 @@
+"""Packing for MatMulNBits and GatherBlockQuantized, and back.
+
+Layout: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+B is u8[N, K / block, block * bits / 8], for 4 bits two codes a byte, the even one in the low half. scales is
+[N, K / block] in the activations' type. zero_points is u8[N, ceil(K / block * bits / 8)], packed like B, each row
+padded to whole bytes; without it zero is 2**(bits-1). Blocks never pad, since every group size here divides K.
+GatherBlockQuantized reads the same bytes as u8[vocab, hidden * bits / 8].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor, Tensor
+
+
+def pack_nibbles(values: U8) -> U8:
+    """u8[rows, n] of 0 ... 15 -> u8[rows, ceil(n / 2)], the even one low; an odd row ends in a zero nibble."""
+    if values.shape[1] % 2:
+        values = np.pad(values, ((0, 0), (0, 1)))
+    packed: U8 = values[:, 0::2] | values[:, 1::2] << np.uint8(4)
+    return packed
+
+
+def unpack_nibbles(packed: U8, count: int) -> U8:
+    """u8[rows, bytes] -> u8[rows, count], the inverse of pack_nibbles."""
+    halves = np.stack([packed & 15, packed >> 4], axis=-1)
+    return halves.reshape(packed.shape[0], -1)[:, :count]
+
+
+def pack_codes(tensor: QuantTensor) -> U8:
+    """u8[n * in * bits / 8]: input B."""
+    codes = pack_nibbles(tensor.codes) if tensor.bits == 4 else tensor.codes
+    return codes.reshape(-1)
+
+
+def pack_scales(tensor: QuantTensor, block: int, dtype: np.dtype) -> U8:
+    """u8[n * in / block * itemsize]: input scales. fp16 scales are exact in fp32; bf16 rounds them."""
+    scale = tensor.regroup(block).scale.astype(dtype)
+    return np.ascontiguousarray(scale).reshape(-1).view(np.uint8)
+
+
+def pack_zeros(tensor: QuantTensor, block: int) -> U8:
+    """u8[n * ceil(in / block * bits / 8)]: input zero_points."""
+    zeros = tensor.regroup(block).zeros()
+    return (pack_nibbles(zeros) if tensor.bits == 4 else np.ascontiguousarray(zeros)).reshape(-1)
+
+
+def pack_floats(tensor: Tensor, dtype: np.dtype) -> U8:
+    """u8[n * in * itemsize]: a float matrix or norm in the type it is stored in."""
+    assert not isinstance(tensor, QuantTensor)
+    return np.ascontiguousarray(tensor.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+
+
+def dequantize(codes: U8, scales: FloatArray, zeros: U8 | None, width: int, bits: int) -> F32:
+    """f32[N, K] from the operator's inputs, B as u8[N, K * bits / 8]: (code - zero) * scale."""
+    rows, groups = scales.shape
+    unpacked = unpack_nibbles(codes, width) if bits == 4 else codes
+    zero = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+    if zeros is not None:
+        zero = unpack_nibbles(zeros, groups) if bits == 4 else zeros
+    signed = unpacked.reshape(rows, groups, -1).astype(np.float32) - zero[:, :, None].astype(np.float32)
+    return (signed * scales.astype(np.float32)[:, :, None]).reshape(rows, width)

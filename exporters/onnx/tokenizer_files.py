@@ -1,0 +1,176 @@
+"""The tokenizer as onnxruntime-genai reads it, which takes onnxruntime-extensions for the work.
+
+The checkpoint's own files stay what they are wherever that reader does with them what transformers does. It differs in
+three points (operators/tokenizer of microsoft/onnxruntime-extensions), and the folder is made to suit it:
+
+1. A pre-tokenizer's steps count only if they are Split with a Regex; the rest (Digits, ByteLevel's own regex) is left
+   out. tokenizer.json then spells the same steps as Splits.
+2. SentencePiece text is cut by Llama 3's regex before merging, contractions and all, unless the class is Gemma's.
+   tokenizer_module.json, which overrides tokenizer_config.json for this reader alone, names that class.
+3. tokenizer.model is not read: tokenizer.json is made from the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+
+from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType
+
+SPACE = "\u2581"
+TOKENIZER_JSON = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+MODULE = "tokenizer_module.json"
+TEMPLATE = "chat_template.jinja"
+
+# Classes that onnxruntime-extensions knows. Nothing but points 1 and 2 depends on them.
+CLASSES = {TokenizerKind.SENTENCEPIECE: "GemmaTokenizer", TokenizerKind.BYTE_LEVEL_BPE: "PreTrainedTokenizer"}
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """File name -> content."""
+    files = {name: path.read_bytes() for name, path in tokenizer.files.items()}
+    if TOKENIZER_JSON in files:
+        document = json.loads(files[TOKENIZER_JSON])
+        adapted = adapt(document, tokenizer)
+        if adapted != document:
+            files[TOKENIZER_JSON] = _dump(adapted)
+    else:
+        files[TOKENIZER_JSON] = _dump(sentencepiece_json(tokenizer))
+    module = module_json(tokenizer)
+    files.setdefault(CONFIG, _dump(module))
+    files[MODULE] = _dump(module)
+    if tokenizer.chat_template is not None:
+        files[TEMPLATE] = tokenizer.chat_template.encode()
+    return files
+
+
+def module_json(tokenizer: Tokenizer) -> dict[str, Json]:
+    """tokenizer_module.json: the class, and which special tokens frame a text."""
+    module: dict[str, Json] = {
+        "tokenizer_class": CLASSES[tokenizer.kind],
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": tokenizer.add_eos,
+    }
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_ids[0] if tokenizer.eos_ids else None,
+        "pad_token": tokenizer.pad_id,
+        "unk_token": tokenizer.unk_id,
+    }
+    return module | {key: tokenizer.tokens[index].text for key, index in ids.items() if index is not None}
+
+
+def adapt(document: dict[str, Json], tokenizer: Tokenizer) -> dict[str, Json]:
+    """tokenizer.json with the same meaning in steps that onnxruntime-extensions takes."""
+    adapted = dict(document)
+    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE and not _has_only_splits(document.get("pre_tokenizer")):
+        splits: list[Json] = [_split(pattern) for pattern in tokenizer.split_patterns]
+        adapted["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, _byte_level()]}
+    if not tokenizer.add_bos:
+        adapted["post_processor"] = _without_frame(document.get("post_processor"))
+    return adapted
+
+
+def _has_only_splits(step: Json) -> bool:
+    """Whether this is Splits by Regex, and a ByteLevel that splits nothing itself."""
+    if not isinstance(step, dict) or not isinstance(step.get("pretokenizers"), list):
+        return False
+    steps = step["pretokenizers"]
+    assert isinstance(steps, list)
+    return all(
+        isinstance(each, dict)
+        and (
+            (each.get("type") == "Split" and isinstance(each.get("pattern"), dict) and "Regex" in str(each["pattern"]))
+            or (each.get("type") == "ByteLevel" and each.get("use_regex") is False)
+        )
+        for each in steps
+    )
+
+
+def _split(pattern: str) -> Json:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _byte_level() -> Json:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _without_frame(processor: Json) -> Json:
+    """The post-processor, unless it is a template: that reader adds BOS where a template names it, asked for or not."""
+    if isinstance(processor, dict) and "TemplateProcessing" in json.dumps(processor):
+        return None
+    return processor
+
+
+def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Json]:
+    """tokenizer.json of a SentencePiece BPE vocabulary.
+
+    Merges follow from the scores: every way to cut a piece in two pieces is one, in the order of the pieces' scores.
+    """
+    assert tokenizer.kind is TokenizerKind.SENTENCEPIECE
+    always = tokenizer.space_prefix is SpacePrefix.ALWAYS
+    prefix: list[Json] = [{"type": "Prepend", "prepend": SPACE}] if always else []
+    strip: list[Json] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if always else []
+    spaces: Json = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(tokenizer),
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _sentencepiece_model(tokenizer),
+    }
+
+
+def _sentencepiece_model(tokenizer: Tokenizer) -> Json:
+    used = [(token.text, index) for index, token in enumerate(tokenizer.tokens) if token.type is not TokenType.UNUSED]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None if tokenizer.unk_id is None else tokenizer.tokens[tokenizer.unk_id].text,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": dict(used),
+        "merges": [[left, right] for left, right in merges_of_scores(tokenizer)],
+    }
+
+
+def merges_of_scores(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece: best score first, then longest left part, as transformers does."""
+    ids = {token.text: index for index, token in enumerate(tokenizer.tokens) if token.type is TokenType.NORMAL}
+    cuts = ((text, cut) for text in ids for cut in range(1, len(text)))
+    pairs = ((text[:cut], text[cut:]) for text, cut in cuts if text[:cut] in ids and text[cut:] in ids)
+    scores = {text: tokenizer.tokens[index].score for text, index in ids.items()}
+    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
+
+
+def _added_tokens(tokenizer: Tokenizer) -> Json:
+    kinds = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    return [
+        {
+            "id": index,
+            "content": token.text,
+            "single_word": False,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": False,
+            "special": token.type is not TokenType.USER_DEFINED,
+        }
+        for index, token in enumerate(tokenizer.tokens)
+        if token.type in kinds
+    ]
+
+
+def _dump(document: dict[str, Json]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()

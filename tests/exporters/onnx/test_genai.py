@@ -1,0 +1,106 @@
+"""onnxruntime-genai opens the folder as it is: token ids are transformers', generation is greedy and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime_genai")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("mistral_common")
+
+from converters.config import ModelConfig  # noqa: E402
+from converters.tokenizer import read_tokenizer  # noqa: E402
+from exporters.base import Model  # noqa: E402
+from exporters.onnx.exporter import EXPORTER  # noqa: E402
+from exporters.options import OnnxOptions  # noqa: E402
+from tests.converters.tiny_tokenizers import (  # noqa: E402
+    LLAMA3,
+    O200K,
+    TEKKEN,
+    gate_texts,
+    write_byte_level,
+    write_sentencepiece,
+)
+from tests.exporters.gguf.models import random_graph  # noqa: E402
+from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, expected_logits, wide, write_artifact  # noqa: E402
+
+
+def sentencepiece_json(folder: Path, phi3: bool) -> ModelConfig:
+    """tokenizer.json alone, as transformers saves it."""
+    config = write_sentencepiece(folder / "source", phi3)
+    transformers.AutoTokenizer.from_pretrained(folder / "source").save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    return config
+
+
+TOKENIZERS: dict[str, Callable[[Path], ModelConfig]] = {
+    "gpt2": lambda folder: write_byte_level(folder, None),
+    "smollm": lambda folder: write_byte_level(folder, None, digits=True),
+    "llama3": lambda folder: write_byte_level(folder, LLAMA3, ignore_merges=True),
+    "phi4_mini": lambda folder: write_byte_level(folder, O200K),
+    "tekken": lambda folder: write_byte_level(folder, TEKKEN),
+    "llama2": write_sentencepiece,
+    "phi3": lambda folder: write_sentencepiece(folder, phi3=True),
+    "llama2_json": lambda folder: sentencepiece_json(folder, False),
+    "phi3_json": lambda folder: sentencepiece_json(folder, True),
+}
+
+
+def model_with(folder: Path, config: ModelConfig, **changes: object) -> Model:
+    """A tiny random model whose vocabulary is that of the tokenizer in `folder`."""
+    shape = replace(SMALL, vocab_size=config.vocab_size, hidden_size=64, num_layers=1, **changes)  # type: ignore[arg-type]
+    return Model(random_graph(shape), read_tokenizer(folder, config), shape.context_length, "Tiny")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_token_ids_equal_transformers(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    model = model_with(source, TOKENIZERS[name](source))
+    artifact = write_artifact(model, tmp_path)
+    runtime = EXPORTER.open(artifact, OnnxOptions())
+    reference = transformers.AutoTokenizer.from_pretrained(source)
+    again = transformers.AutoTokenizer.from_pretrained(artifact)
+    for text in gate_texts(model.tokenizer):
+        expected = reference(text)["input_ids"]
+        assert runtime.tokenize(text) == expected, text
+        assert again(text)["input_ids"] == expected, f"transformers reads the artifact differently: {text}"
+
+
+def test_greedy_answer_crosses_the_longrope_boundary(tmp_path: Path) -> None:
+    """Each token is the most likely one, by the interpreter, up to the boundary; then generation goes on."""
+    source = tmp_path / "checkpoint"
+    config = write_byte_level(source, LLAMA3)
+    model = model_with(source, config, rope=wide(LONG, 16))
+    artifact = write_artifact(model, tmp_path)
+    runtime = EXPORTER.open(artifact, OnnxOptions())
+    prompt = "The quick brown fox jumps over the lazy dog. "
+    ids = transformers.AutoTokenizer.from_pretrained(source)(prompt, add_special_tokens=False)["input_ids"]
+    answer = runtime.answer(prompt, 60)
+    assert answer.stopped or len(answer.token_ids) == 60
+    checked = [*ids, *answer.token_ids][:ORIGINAL]
+    assert len(checked) == ORIGINAL
+    expected = expected_logits(model.graph, checked)
+    best = np.argmax(expected, axis=-1)[len(ids) - 1 : -1]
+    assert checked[len(ids) :] == best.tolist()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_every_stop_id_stops(which: int, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    config = write_byte_level(source, LLAMA3)
+    model = model_with(source, config)
+    prompt = "Hello there"
+    ids = transformers.AutoTokenizer.from_pretrained(source)(prompt, add_special_tokens=False)["input_ids"]
+    first = int(np.argmax(expected_logits(model.graph, ids)[-1]))
+    stops = (first, 7) if which == 0 else (7, first)
+    model = replace(model, tokenizer=replace(model.tokenizer, eos_ids=stops))
+    answer = EXPORTER.open(write_artifact(model, tmp_path), OnnxOptions()).answer(prompt, 20)
+    assert answer.token_ids == (first,)
+    assert answer.stopped

@@ -1,0 +1,114 @@
+"""What the exporter refuses, what it tells onnxruntime-genai, and what it claims."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("onnx")
+
+from converters.errors import UsageError
+from converters.quantize.scheme import SCHEMES
+from exporters.base import Activations, Model
+from exporters.onnx.exporter import EXPORTER
+from exporters.onnx.settings import resolve_settings
+from exporters.options import ExecutionProvider, OnnxOptions
+from tests.exporters.gguf.models import random_graph
+from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, graph_of, layout_of, model_of, wide
+
+CPU, DML = OnnxOptions(), OnnxOptions(execution_provider=ExecutionProvider.DML)
+
+
+def longrope(original: int, context: int) -> Model:
+    rope = replace(wide(LONG, 16), original_context=original)
+    return model_of(random_graph(replace(SMALL, rope=rope, context_length=context, num_layers=1)))
+
+
+def config_of(model: Model, options: OnnxOptions = CPU) -> dict[str, dict[str, object]]:
+    return json.loads(layout_of(model, options).small["genai_config.json"])
+
+
+@pytest.mark.parametrize(
+    ("provider", "activations"),
+    [("cpu", "bf16"), ("dml", "fp32"), ("dml", "bf16"), ("cuda", "fp32"), ("webgpu", "bf16")],
+)
+def test_activations_a_provider_lacks(provider: str, activations: str) -> None:
+    options = OnnxOptions(execution_provider=ExecutionProvider(provider), activations=Activations(activations))
+    with pytest.raises(UsageError, match=f"{provider} provider does not compute attention in {activations}"):
+        EXPORTER.check(model_of(graph_of("plain")), options)
+
+
+@pytest.mark.parametrize("provider", ["dml", "webgpu"])
+def test_bf16_weights_a_provider_cannot_read(provider: str) -> None:
+    options = OnnxOptions(execution_provider=ExecutionProvider(provider))
+    with pytest.raises(UsageError, match=r"cannot read bf16 weights \(target onnx, weight embedding\)"):
+        EXPORTER.check(model_of(graph_of("plain", "fp32", embedding="bf16")), options)
+
+
+def test_a_window_that_directml_would_ignore() -> None:
+    model = model_of(graph_of("window"))
+    with pytest.raises(UsageError, match="no sliding window") as error:
+        EXPORTER.check(model, DML)
+    assert "context to 9" in (error.value.mend or "")
+    EXPORTER.check(replace(model, context_length=9), DML)
+    EXPORTER.check(model, CPU)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "row", "provider", "expected"),
+    [
+        ("int4_g32", 576, "cpu", 32),
+        ("int4_g128", 3072, "cpu", 128),
+        ("int8_channel", 3072, "cpu", 128),
+        ("int8_channel", 96, "cpu", 32),
+        ("int8_channel", 1000, "cpu", 0),
+        ("int4_g64", 576, "cpu", 64),  # nine groups
+        ("int4_g64", 576, "dml", 32),
+        ("int8_g32", 96, "dml", 32),
+    ],
+)
+def test_block_sizes(scheme: str, row: int, provider: str, expected: int) -> None:
+    options = OnnxOptions(execution_provider=ExecutionProvider(provider))
+    assert resolve_settings(model_of(graph_of("plain")), options).block_size(SCHEMES[scheme], row) == expected
+
+
+@pytest.mark.parametrize(
+    ("original", "context", "expected"),
+    [(4096, 4096, "llama"), (4096, 8192, "phi3"), (8192, 16384, "phi3small"), (40, 128, "llama")],
+)
+def test_the_model_type_says_when_to_prefill_anew(original: int, context: int, expected: str) -> None:
+    assert config_of(longrope(original, context))["model"]["type"] == expected
+
+
+def test_genai_config() -> None:
+    model = model_of(graph_of("gqa"), sampling={"do_sample": True, "temperature": 0.7})
+    model = replace(model, tokenizer=replace(model.tokenizer, eos_ids=(5, 2), pad_id=None, bos_id=None))
+    config = config_of(model)
+    assert config["model"]["eos_token_id"] == [5, 2]
+    assert config["model"]["pad_token_id"] == 5
+    assert "bos_token_id" not in config["model"]
+    assert config["search"]["temperature"] == 0.7
+    assert config["search"]["do_sample"] is True
+    decoder = config["model"]["decoder"]
+    assert isinstance(decoder, dict)
+    assert (decoder["head_size"], decoder["num_key_value_heads"]) == (16, 1)
+    assert "position_ids" not in decoder["inputs"]
+    assert decoder["session_options"]["provider_options"] == []
+
+
+def test_genai_config_of_directml() -> None:
+    decoder = config_of(model_of(graph_of("gqa")), DML)["model"]["decoder"]
+    assert isinstance(decoder, dict)
+    assert decoder["inputs"]["position_ids"] == "position_ids"
+    assert [list(each) for each in decoder["session_options"]["provider_options"]] == [["dml"]]
+
+
+def test_semantics() -> None:
+    plain = EXPORTER.semantics(model_of(graph_of("plain")), CPU)
+    assert (plain.exact_from, plain.exact_to) == (1, 128)
+    assert "fresh prefill" in EXPORTER.semantics(longrope(4096, 8192), CPU).sentence
+    assert "cached under the short factors" in EXPORTER.semantics(longrope(4096, 8192), DML).sentence
+    assert "cached under the short factors" in EXPORTER.semantics(longrope(ORIGINAL, 128), CPU).sentence
+    assert "apply throughout" in EXPORTER.semantics(longrope(4096, 4096), CPU).sentence
