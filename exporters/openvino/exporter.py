@@ -1,0 +1,156 @@
+"""OpenVINO IR for openvino-genai and optimum-intel: model, tokenizer and detokenizer, ready to open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from converters.config import RopeKind
+from converters.errors import ModelError, UsageError
+from converters.graph import Weight
+from converters.quantize.scheme import NumberType
+from converters.quantize.tensor import F32
+from exporters.base import (
+    Activations,
+    BigFile,
+    Layout,
+    Model,
+    Place,
+    Runtime,
+    Semantics,
+    Target,
+    TargetOptions,
+    TensorRow,
+)
+from exporters.openvino import examine
+from exporters.openvino.config import ARCHITECTURES, config_json, generation_json
+from exporters.openvino.storage import plan_matrices
+from exporters.options import OpenvinoDevice, OpenvinoOptions
+
+XML, BIN = "openvino_model.xml", "openvino_model.bin"
+
+NPU_GROUP_SIZE = 128
+
+# What the plugins take from the IR instead of their defaults when a recipe asks for float32: no 8-bit activations, no
+# 8-bit cache. The arithmetic itself is chosen by whoever compiles the model, with INFERENCE_PRECISION_HINT.
+RUNTIME_OPTIONS = {
+    Activations.FP32: {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"},
+    Activations.FP16: {"KV_CACHE_PRECISION": "f16"},
+    Activations.BF16: {"KV_CACHE_PRECISION": "bf16"},
+}
+
+
+class OpenvinoExporter:
+    """See exporters.base.Exporter."""
+
+    target = Target.OPENVINO
+    options: type[TargetOptions] = OpenvinoOptions
+    requires: tuple[str, ...] = ("openvino", "openvino_tokenizers", "transformers")
+    runtime_requires: tuple[str, ...] = ("openvino", "openvino_genai", "openvino_tokenizers")
+    extra = "openvino"
+
+    def check(self, model: Model, options: TargetOptions) -> None:
+        family = model.graph.config.family
+        if family not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ModelError("unsupported family", where="target openvino", expected=known, found=family)
+        assert isinstance(options, OpenvinoOptions)
+        for weight in model.graph.weights.values():
+            for device in options.devices:
+                _check_weight(weight, device)
+
+    def layout(self, model: Model, options: TargetOptions) -> Layout:
+        from exporters.openvino.tokenizer import convert_tokenizer, tokenizer_files
+
+        self.check(model, options)
+        network = network_layout(model, options)
+        files, config = tokenizer_files(model), config_json(model)
+        described = {"config.json": config, "generation_config.json": generation_json(model)}
+        return replace(network, small={**files, **convert_tokenizer(files, config), **described, **network.small})
+
+    def semantics(self, model: Model, options: TargetOptions) -> Semantics:
+        rope, context = model.graph.config.rope, model.context_length
+        original = rope.original_context
+        if rope.kind is not RopeKind.LONGROPE:
+            sentence = f"The context is {context} tokens."
+        elif context <= original:
+            sentence = (
+                f"The context is {context} tokens, within LongRoPE's original {original}: the short factors apply "
+                "throughout."
+            )
+        else:
+            sentence = (
+                f"The context is {context} tokens; the graph selects LongRoPE's short factors while the whole sequence "
+                f"has at most {original} tokens and its long factors beyond. An answer that grows past the boundary "
+                "keeps the earlier tokens' short factors in its cache."
+            )
+        return Semantics(sentence, 1, context)
+
+    def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
+        from exporters.openvino.read_back import read_matrices
+
+        return read_matrices(folder / XML, model.graph)
+
+    def open(self, folder: Path, options: TargetOptions) -> Runtime:
+        from exporters.openvino.runtime import OpenvinoRuntime
+
+        return OpenvinoRuntime(folder)
+
+    def tensors(self, folder: Path) -> Iterator[TensorRow]:
+        return examine.tensors(folder)
+
+    def devices(self) -> list[str]:
+        return examine.devices()
+
+
+def network_layout(model: Model, options: TargetOptions) -> Layout:
+    """openvino_model.xml and the places in its .bin, without tokenizer and configuration."""
+    from exporters.openvino.ir import ZeroConstants, place_constants
+    from exporters.openvino.lower import build_model
+
+    matrices = plan_matrices(model.graph)
+    constants = ZeroConstants([part for matrix in matrices for part in matrix.constants().values()])
+    network = build_model(model.graph, model.context_length, constants)
+    if options.activations is not None:
+        for name, value in RUNTIME_OPTIONS[options.activations].items():
+            network.set_rt_info(value, ["runtime_options", name])
+    ir = place_constants(network, constants)
+    places: dict[str, list[Place]] = {name: [] for name in model.graph.weights}
+    for matrix in matrices:
+        for part in matrix.constants().values():
+            offset = ir.offsets[part.name]
+            for name, rows in zip(matrix.weights, matrix.rows, strict=True):
+                places[name].append(Place(BIN, offset, part.row_nbytes, part.pack))
+                offset += rows * part.row_nbytes
+    return Layout({BIN: BigFile(ir.nbytes, ir.fixed)}, places, {XML: ir.xml})
+
+
+def _check_weight(weight: Weight, device: OpenvinoDevice) -> None:
+    """The NPU's compiler wants symmetric weights, 4-bit ones in groups of 128 or a scale a channel
+    (openvino-genai's NPU guide); the GPU and NPU plugins have no bf16."""
+    scheme = weight.scheme
+    if device is OpenvinoDevice.CPU:
+        return
+    if scheme.type is NumberType.BFLOAT:
+        raise _unsuitable(weight, device, "fp16")
+    if device is not OpenvinoDevice.NPU or not scheme.is_integer:
+        return
+    row = weight.shape[1]
+    # Where 128 does not divide the row, the smaller group that the scheme was resolved to is all there is.
+    grouped = scheme.bits == 4 and (scheme.group_size == NPU_GROUP_SIZE or bool(row % NPU_GROUP_SIZE))
+    if not scheme.symmetric or (scheme.group_size != 0 and not grouped):
+        raise _unsuitable(weight, device, "int4_g128, int8_channel or fp16")
+
+
+def _unsuitable(weight: Weight, device: OpenvinoDevice, expected: str) -> UsageError:
+    return UsageError(
+        f"OpenVINO's {device.upper()} plugin cannot run this scheme",
+        where=f"target openvino, weight {weight.name}",
+        expected=expected,
+        found=weight.scheme.name,
+        mend=f"Choose another scheme for {weight.role.value}, or leave {device} out of devices.",
+    )
+
+
+EXPORTER = OpenvinoExporter()

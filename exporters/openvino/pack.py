@@ -1,0 +1,78 @@
+"""Packing of canonical tensors into OpenVINO's element types: pure functions on blocks of rows.
+
+4-bit elements share a byte, the first one in the low nibble; i4 and i8 are two's complement
+(https://docs.openvino.ai/2025/documentation/openvino-ir-format/operation-sets/element-types.html).
+Each function returns u8[rows * row_nbytes] of a constant whose rows start at whole bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from converters.quantize.tensor import U8, QuantTensor, Tensor
+
+
+def nibbles(values: U8) -> U8:
+    """u8[..., 2n] of 0 ... 15 -> u8[n * leading], element 2i in the low half of byte i."""
+    flat = values.reshape(-1)
+    return flat[0::2] | flat[1::2] << np.uint8(4)
+
+
+def pack_i4(tensor: Tensor) -> U8:
+    """codes [rows, in] with zero 8 as signed nibbles: code - 8 in two's complement is the code, top bit flipped."""
+    assert isinstance(tensor, QuantTensor)
+    return nibbles(tensor.codes ^ np.uint8(8))
+
+
+def pack_u4(tensor: Tensor) -> U8:
+    """codes [rows, in] as they are."""
+    assert isinstance(tensor, QuantTensor)
+    return nibbles(tensor.codes)
+
+
+def pack_i8(tensor: Tensor) -> U8:
+    """codes [rows, in] with zero 128 as signed bytes: the top bit flipped."""
+    assert isinstance(tensor, QuantTensor)
+    return (tensor.codes ^ np.uint8(128)).reshape(-1)
+
+
+def pack_u8(tensor: Tensor) -> U8:
+    """codes [rows, in] as they are."""
+    assert isinstance(tensor, QuantTensor)
+    return tensor.codes.reshape(-1)
+
+
+def pack_scale(tensor: Tensor) -> U8:
+    """scale [rows, groups] in little-endian fp16."""
+    assert isinstance(tensor, QuantTensor)
+    return np.ascontiguousarray(tensor.scale, "<f2").view(np.uint8).reshape(-1)
+
+
+def pack_zero_u4(tensor: Tensor) -> U8:
+    """zero [rows, groups], an even number of groups, two to a byte."""
+    assert isinstance(tensor, QuantTensor)
+    return nibbles(tensor.zeros())
+
+
+def pack_zero_u8(tensor: Tensor) -> U8:
+    """zero [rows, groups], a byte each."""
+    assert isinstance(tensor, QuantTensor)
+    return np.ascontiguousarray(tensor.zeros()).reshape(-1)
+
+
+def float_packer(dtype: np.dtype) -> Callable[[Tensor], U8]:
+    """A function that packs float rows as little-endian `dtype`."""
+
+    def pack_float(tensor: Tensor) -> U8:
+        assert not isinstance(tensor, QuantTensor)
+        return np.ascontiguousarray(tensor, dtype).view(np.uint8).reshape(-1)
+
+    return pack_float
+
+
+pack_f32 = float_packer(np.dtype("<f4"))
+pack_f16 = float_packer(np.dtype("<f2"))
+pack_bf16 = float_packer(np.dtype(ml_dtypes.bfloat16))

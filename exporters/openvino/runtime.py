@@ -1,0 +1,73 @@
+"""The artifact in OpenVINO: logits from the compiled model, tokens and answers from openvino-genai."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+from converters.quantize.tensor import F32
+from exporters.base import Answer
+
+# The CPU plugin's own approximations: bf16 arithmetic where the processor has it, an 8-bit cache, 8-bit activations.
+EXACT: Mapping[str, str | int] = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+
+
+class OpenvinoRuntime:
+    """See exporters.base.Runtime. Runs on the CPU, whatever devices the artifact is for."""
+
+    def __init__(self, folder: Path, threads: int = 2) -> None:
+        self._folder = folder
+        self._properties = dict(EXACT) | {"INFERENCE_NUM_THREADS": threads}
+
+    def logits(self, token_ids: Sequence[int]) -> F32:
+        self._request.reset_state()
+        length = len(token_ids)
+        outputs = self._request.infer(
+            {
+                "input_ids": np.array([token_ids], np.int64),
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": np.arange(length, dtype=np.int64)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        return np.array(outputs[0][0], np.float32)
+
+    def tokenize(self, text: str) -> list[int]:
+        return _ids(self._tokenizer.encode(text))
+
+    def answer(self, prompt: str, max_tokens: int) -> Answer:
+        # A rendered prompt has the special tokens it needs: the pipeline itself leaves them out after its template too.
+        prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        settings = self._pipeline.get_generation_config()
+        settings.do_sample = False
+        settings.max_new_tokens = max_tokens
+        result = self._pipeline.generate(prompt_ids, settings)
+        (token_ids,) = result.tokens
+        stopped = result.finish_reasons[0] == genai.GenerationFinishReason.STOP
+        return Answer(tuple(token_ids), self._tokenizer.decode(token_ids), stopped)
+
+    @cached_property
+    def _request(self) -> ov.InferRequest:
+        model = ov.Core().compile_model(self._folder / "openvino_model.xml", "CPU", self._properties)
+        return model.create_infer_request()
+
+    @cached_property
+    def _tokenizer(self) -> genai.Tokenizer:
+        return genai.Tokenizer(self._folder)
+
+    @cached_property
+    def _pipeline(self) -> genai.LLMPipeline:
+        return genai.LLMPipeline(self._folder, "CPU", **self._properties)
+
+
+def _ids(encoded: genai.TokenizedInputs) -> list[int]:
+    return [int(token) for token in encoded.input_ids.data.reshape(-1)]
