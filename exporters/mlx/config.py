@@ -1,0 +1,191 @@
+"""config.json in the spelling that mlx-lm's models/phi3.py and models/llama.py read (0.29 to 0.32)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from converters.config import ModelConfig, Rope, RopeKind
+from converters.errors import UsageError
+from exporters.base import Activations, Model, Semantics
+
+# mlx-lm reads model_type "mistral" with models/llama.py.
+ARCHITECTURES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+# What initialize_rope and phi3.Attention understand. phi3 takes "linear" only together with a dummy long_factor.
+ROPE_KINDS = {
+    "phi3": (RopeKind.DEFAULT, RopeKind.LONGROPE),
+    "llama": (RopeKind.DEFAULT, RopeKind.LINEAR, RopeKind.LLAMA3),
+    "mistral": (RopeKind.DEFAULT, RopeKind.LINEAR, RopeKind.LLAMA3),
+}
+
+TORCH_DTYPES = {Activations.FP32: "float32", Activations.FP16: "float16", Activations.BF16: "bfloat16"}
+
+Json = dict[str, object]
+
+
+def check_config(model: Model) -> None:
+    """UsageError if mlx-lm has no model that computes this one within the context asked for."""
+    config, rope = model.graph.config, model.graph.config.rope
+    if config.family not in ARCHITECTURES:
+        raise _unsupported("model family", ", ".join(ARCHITECTURES), config.family)
+    if rope.kind not in ROPE_KINDS[config.family]:
+        expected = ", ".join(kind.value for kind in ROPE_KINDS[config.family])
+        raise _unsupported(f"RoPE scaling of a {config.family} model", expected, rope.kind.value)
+    if config.family == "phi3" and config.head_dim * config.num_heads != config.hidden_size:
+        raise _unsupported(
+            "head size of a phi3 model", f"{config.hidden_size // config.num_heads}", f"{config.head_dim}"
+        )
+    if config.family != "phi3" and rope.dim != config.head_dim:
+        raise _unsupported(f"partial rotary embedding of a {config.family} model", f"{config.head_dim}", f"{rope.dim}")
+    window = config.sliding_window
+    if window is not None and model.context_length > window:
+        raise UsageError(
+            "mlx-lm ignores the sliding window of this model",
+            where="target mlx",
+            expected=f"a context of at most the window, {window} tokens",
+            found=f"{model.context_length}",
+            mend=f"Set context to {window} or less, or leave the target mlx out.",
+        )
+    if rope.kind is RopeKind.LONGROPE:
+        _check_attention_factor(rope)
+
+
+def _check_attention_factor(rope: Rope) -> None:
+    # Beyond 4 the length that stands for the factor would be astronomical; published models have less than 1.3.
+    within = 1 <= rope.attention_factor <= 4
+    if not within or not math.isclose(_su_scale(rope), rope.attention_factor, rel_tol=1e-6):
+        raise _unsupported("LongRoPE attention factor", "one between 1 and 4", f"{rope.attention_factor}")
+
+
+def _unsupported(what: str, expected: str, found: str) -> UsageError:
+    return UsageError(
+        f"mlx-lm does not support this {what}",
+        where="target mlx",
+        expected=expected,
+        found=found,
+        mend="Leave the target mlx out for this model.",
+    )
+
+
+def always_short(model: Model) -> bool:
+    """Whether LongRoPE's short factors alone are right everywhere in the context asked for."""
+    rope = model.graph.config.rope
+    return rope.kind is RopeKind.LONGROPE and model.context_length <= rope.original_context
+
+
+def model_config(model: Model, activations: Activations, quantization: Mapping[str, object] | None) -> Json:
+    """The whole config.json. `quantization` as mlx-lm reads it, None where no matrix is quantized."""
+    config = model.graph.config
+    json: Json = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "attention_bias": False,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos_token_id(config),
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": model.context_length,
+        "model_type": config.family,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": config.pad_token_id,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": TORCH_DTYPES[activations],
+        "vocab_size": config.vocab_size,
+    }
+    json |= _phi3_rope(model) if config.family == "phi3" else _llama_rope(config)
+    if quantization is not None:
+        json |= {"quantization": quantization, "quantization_config": quantization}
+    return json
+
+
+def semantics(model: Model) -> Semantics:
+    """How mlx-lm treats the positions of this artifact."""
+    rope, length = model.graph.config.rope, model.context_length
+    limit = f"right up to {length} tokens, a limit that mlx-lm does not enforce"
+    if rope.kind is not RopeKind.LONGROPE:
+        return Semantics(f"One rotary embedding at every length; {limit}.", 1, length)
+    original = rope.original_context
+    if always_short(model):
+        sentence = f"LongRoPE's short factors at every length; {limit} (the model takes long factors after {original})."
+        return Semantics(sentence, 1, length)
+    sentence = (
+        f"mlx-lm 0.30 and later apply LongRoPE's long factors at every length: right beyond {original} tokens, not the"
+        " model's own below; 0.29.1 chooses by the length so far and leaves cached keys as they were rotated."
+    )
+    return Semantics(sentence, original + 1, length)
+
+
+def generation_config(model: Model) -> Json:
+    """generation_config.json: the special ids and the publisher's sampling defaults."""
+    config = model.graph.config
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos_token_id(config),
+        "pad_token_id": config.pad_token_id,
+    }
+    return {key: value for key, value in ids.items() if value is not None} | dict(model.sampling)
+
+
+def eos_token_id(config: ModelConfig) -> int | list[int] | None:
+    """One id, or all of them: mlx-lm stops at each."""
+    ids = config.eos_token_ids
+    return list(ids) if len(ids) > 1 else ids[0] if ids else None
+
+
+def _phi3_rope(model: Model) -> Json:
+    config, rope = model.graph.config, model.graph.config.rope
+    json: Json = {"partial_rotary_factor": _partial_rotary_factor(rope.dim, config.head_dim)}
+    if rope.kind is not RopeKind.LONGROPE:
+        return json
+    short = list(rope.short_factors)
+    # mlx-lm 0.30 and later rotate by the long factors at every length, so within the original context they are the
+    # short ones. The attention factor has no key of its own: it follows from the two lengths.
+    long = short if always_short(model) else list(rope.long_factors)
+    return json | {
+        "max_position_embeddings": _su_max_positions(rope),
+        "original_max_position_embeddings": rope.original_context,
+        "rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long},
+    }
+
+
+def _llama_rope(config: ModelConfig) -> Json:
+    rope = config.rope
+    json: Json = {"head_dim": config.head_dim, "mlp_bias": False}
+    if rope.kind is RopeKind.LINEAR:
+        json["rope_scaling"] = {"rope_type": "linear", "type": "linear", "factor": rope.factor}
+    if rope.kind is RopeKind.LLAMA3:
+        json["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_context,
+        }
+    return json
+
+
+def _partial_rotary_factor(dim: int, head_dim: int) -> float:
+    """A factor that mlx-lm's int(head_dim * factor) turns into exactly `dim`."""
+    factor = dim / head_dim
+    return factor if int(head_dim * factor) == dim else math.nextafter(factor, math.inf)
+
+
+def _su_max_positions(rope: Rope) -> int:
+    """max_position_embeddings from which SuScaledRoPE derives the model's attention factor.
+
+    SuScaledRoPE scales by sqrt(1 + ln(max / original) / ln(original)), so max = original ** (factor ** 2): the model's
+    own value where it uses this formula, and the nearest whole number where config.json states another factor.
+    """
+    return round(math.pow(rope.original_context, rope.attention_factor**2))
+
+
+def _su_scale(rope: Rope) -> float:
+    """The scale that SuScaledRoPE computes from what config.json states; 1 up to the original context."""
+    ratio = _su_max_positions(rope) / rope.original_context
+    return 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(rope.original_context))
