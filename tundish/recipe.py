@@ -1,0 +1,390 @@
+"""Recipes: what to make of a model for one class of devices, and what must hold before it is published.
+
+A recipe is a YAML file (`recipe_yaml` reads it) checked against the models below. Strings of the file become enums and
+schemes here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+from ruamel.yaml import YAML
+
+import recipes as packaged
+from converters.errors import UsageError
+from converters.quantize.scheme import SCHEMES, Scheme
+from converters.role import Role
+from exporters.base import Target, TargetOptions
+from exporters.options import OPTIONS
+from tundish.recipe_errors import locate, problems_of
+from tundish.recipe_yaml import SUFFIX, Json, Located, Problem, raise_all, resolve
+
+LIBRARY = Path(packaged.__file__).parent
+NOT_INHERITED = frozenset({"name"})
+
+
+class Device(StrEnum):
+    """The class of devices a recipe is for. Says nothing to the exporters; it sorts the recipes for people."""
+
+    MOBILE = "mobile"
+    IOT = "iot"
+    AI_PC = "ai-pc"
+    NPU = "npu"
+    COPILOT_PC = "copilot-pc"
+    CUDA = "cuda"
+    MAC = "mac"
+    DESKTOP = "desktop"
+    ANY = "any"
+
+
+def _scheme(name: object) -> Scheme:
+    if isinstance(name, Scheme):
+        return name
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise ValueError("one of " + ", ".join(SCHEMES))
+    return SCHEMES[name]
+
+
+SchemeName = Annotated[
+    Scheme,
+    PlainValidator(_scheme),
+    PlainSerializer(lambda scheme: scheme.name, return_type=str),
+    WithJsonSchema({"type": "string", "enum": list(SCHEMES)}),
+]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Nats = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _keyed(title: str, kinds: Mapping[str, object]) -> type[BaseModel]:
+    """A model whose optional keys are those of a table: its errors and its schema name each key."""
+    fields: dict[str, Any] = {key: (kind, None) for key, kind in kinds.items()}  # Any: so typed by pydantic
+    return create_model(title, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+_OverridesFile = _keyed("Overrides", {role.value: SchemeName for role in Role if role is not Role.NORM})
+_TargetsFile = _keyed("Targets", {target.value: options for target, options in OPTIONS.items()})
+
+
+def _overrides(data: object) -> dict[Role, Scheme]:
+    if isinstance(data, Mapping):
+        data = {key.value if isinstance(key, Role) else key: value for key, value in data.items()}
+    checked = _OverridesFile.model_validate(data)
+    return {role: getattr(checked, role.value) for role in Role if role.value in checked.model_fields_set}
+
+
+def _targets(data: object) -> dict[Target, TargetOptions]:
+    return _by_target(_TargetsFile.model_validate(data))
+
+
+def _by_target(checked: BaseModel) -> dict[Target, Any]:
+    return {target: getattr(checked, target.value) for target in OPTIONS if target.value in checked.model_fields_set}
+
+
+class ModelSource(_Part):
+    """Where the checkpoint comes from when the command line does not say."""
+
+    source: Text = Field(description="a Hugging Face id, the path of a folder, or 'sample'")
+    revision: Text | None = Field(
+        default=None, description="branch, tag or commit on the Hub; the manifest records the commit"
+    )
+
+
+class Schemes(_Part):
+    """How matrices are stored. Norms stay floats and have no scheme of their own."""
+
+    default: SchemeName
+    overrides: Annotated[
+        Mapping[Role, SchemeName], BeforeValidator(_overrides, json_schema_input_type=_OverridesFile)
+    ] = Field(default_factory=dict)
+
+    def for_role(self, role: Role) -> Scheme:
+        """The scheme of matrices with this role; a tied embedding has the role EMBEDDING."""
+        return self.overrides.get(role, self.default)
+
+
+class Evaluation(_Part):
+    """Held-out text for KL and top-1: so many sequences of so many tokens."""
+
+    sequences: Count = 4
+    length: Count = 256
+
+
+class Question(_Part):
+    """A chat prompt that is answered greedily; the answer has to end by a stop token within `max_tokens`."""
+
+    prompt: Text = "What is the capital of France?"
+    max_tokens: Count = 64
+
+
+class Gates(_Part):
+    """What an artifact must reach. `kl` and `top1` are measured without a gate where they are absent."""
+
+    kl: Nats | None = Field(
+        default=None, description="highest mean KL divergence from the float32 interpreter, in nats"
+    )
+    top1: Fraction | None = Field(
+        default=None, description="lowest share of positions with the interpreter's first choice"
+    )
+    tokens_equal: Flag = Field(default=True, description="token ids equal to the reference tokenizer's")
+    codes_equal: Flag = Field(default=True, description="weights read back from the artifact equal what was quantized")
+    stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
+    longrope_boundary: Flag = Field(
+        default=True, description="kl on both sides of LongRoPE's original context, if claimed"
+    )
+
+
+class EvaluationOverride(_Part):
+    """What differs for one target; an absent key keeps the recipe's."""
+
+    sequences: Count | None = None
+    length: Count | None = None
+
+
+class GatesOverride(_Part):
+    """What differs for one target; an absent key keeps the recipe's."""
+
+    kl: Nats | None = None
+    top1: Fraction | None = None
+    tokens_equal: Flag | None = None
+    codes_equal: Flag | None = None
+    stops: Flag | None = None
+    longrope_boundary: Flag | None = None
+
+
+class VerifyOverride(_Part):
+    """What differs in the verification of one target."""
+
+    time_limit: Count | None = None
+    text: EvaluationOverride = EvaluationOverride()
+    gates: GatesOverride = GatesOverride()
+
+
+_VerifyOverridesFile = _keyed("VerifyOverrides", {target.value: VerifyOverride for target in OPTIONS})
+
+
+def _verify_overrides(data: object) -> dict[Target, VerifyOverride]:
+    return _by_target(_VerifyOverridesFile.model_validate(data))
+
+
+class TargetVerify(_Part):
+    """Verification of one target, overrides applied."""
+
+    time_limit: Count
+    text: Evaluation
+    answer: Question
+    gates: Gates
+
+
+class Verify(_Part):
+    """How artifacts are compared with the reference before they are published."""
+
+    enabled: Flag = True
+    required: tuple[Target, ...] = Field(default=(), description="targets whose missing runtime is an error")
+    time_limit: Count = Field(default=1800, description="seconds for one runtime; longer counts as a failed gate")
+    text: Evaluation = Evaluation()
+    answer: Question = Question()
+    gates: Gates = Gates()
+    overrides: Annotated[
+        Mapping[Target, VerifyOverride],
+        BeforeValidator(_verify_overrides, json_schema_input_type=_VerifyOverridesFile),
+    ] = Field(default_factory=dict)
+
+    def for_target(self, target: Target) -> TargetVerify:
+        """The settings that hold for one target."""
+        over = self.overrides.get(target, VerifyOverride())
+        return TargetVerify(
+            time_limit=over.time_limit or self.time_limit,
+            text=self.text.model_copy(update=over.text.model_dump(exclude_none=True)),
+            answer=self.answer,
+            gates=self.gates.model_copy(update=over.gates.model_dump(exclude_none=True)),
+        )
+
+
+class Recipe(_Part):
+    """What to make of a model for one class of devices, and what must hold before it is published."""
+
+    name: Text = Field(description="the file's name without its suffix, which is also the default")
+    description: Text
+    device: Device
+    model: ModelSource
+    context: Count | Literal["full"] = Field(description="context length in tokens, at most the model's; or 'full'")
+    schemes: Schemes
+    targets: Annotated[
+        Mapping[Target, SerializeAsAny[TargetOptions]],
+        Field(min_length=1),
+        BeforeValidator(_targets, json_schema_input_type=_TargetsFile),
+    ]
+    verify: Verify = Verify()
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of that name, or in that file if the argument is a path or looks like one.
+
+    Raises one UsageError with every mistake, each with `file:line`.
+    """
+    path = _find(name_or_path)
+    problems: list[Problem] = []
+    located = _with_name(resolve(path, LIBRARY, NOT_INHERITED, problems), path, problems)
+    try:
+        recipe = Recipe.model_validate(located.plain())
+    except ValidationError as error:
+        problems += problems_of(error, located, json_schema())
+    else:
+        problems += _contradictions(recipe, located)
+    raise_all(problems)
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """The names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in LIBRARY.glob(f"*{SUFFIX}"))
+
+
+def list_recipes() -> list[Recipe]:
+    """Every packaged recipe, by name."""
+    return [load_recipe(LIBRARY / (name + SUFFIX)) for name in recipe_names()]
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with everything inherited and every default written out; reads back as the same recipe."""
+    yaml = YAML()
+    yaml.width = 120
+    stream = io.StringIO()
+    yaml.dump(_plain(recipe), stream)
+    return stream.getvalue()
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256, in hex, of the resolved recipe as JSON with sorted keys."""
+    text = json.dumps(_plain(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Json]:
+    """JSON Schema of a recipe file for editors, kept in recipes/recipe.schema.json.
+
+    With `extends` every key may be absent, and null removes what is inherited.
+    """
+    schema: dict[str, Json] = Recipe.model_json_schema()
+    partial = _partial(schema)
+    assert isinstance(partial, dict) and isinstance(partial["properties"], dict)
+    assert isinstance(schema["required"], list)
+    extends: dict[str, Json] = {"type": "string", "description": "another recipe, by name or relative path"}
+    partial["properties"] = {"extends": extends, **partial["properties"]}
+    required: list[Json] = [key for key in schema["required"] if key != "name"]
+    partial["if"] = {"not": {"required": ["extends"]}}
+    partial["then"] = {"required": required}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **partial}
+
+
+def _partial(schema: Json) -> Json:
+    """A schema in which no key is required and each may be null."""
+    if isinstance(schema, list):
+        return [_partial(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed: dict[str, Json] = {}
+    for key, value in schema.items():
+        if key == "properties" and isinstance(value, dict):
+            changed[key] = {name: _or_null(_partial(inner)) for name, inner in value.items()}
+        elif key == "$defs" and isinstance(value, dict):
+            changed[key] = {name: _partial(inner) for name, inner in value.items()}
+        elif key not in ("required", "default", "title"):
+            changed[key] = _partial(value)
+    return changed
+
+
+def _or_null(schema: Json) -> Json:
+    assert isinstance(schema, dict)
+    null: dict[str, Json] = {"type": "null"}
+    choices, kind, values = schema.get("anyOf"), schema.get("type"), schema.get("enum")
+    if isinstance(choices, list):
+        return schema if null in choices else {**schema, "anyOf": [*choices, null]}
+    if not isinstance(kind, str):
+        return {"anyOf": [schema, null]}
+    nullable: dict[str, Json] = {**schema, "type": [kind, "null"]}
+    return {**nullable, "enum": [*values, None]} if isinstance(values, list) else nullable
+
+
+def _plain(recipe: Recipe) -> dict[str, Json]:
+    plain: dict[str, Json] = recipe.model_dump(mode="json", exclude_none=True)
+    return plain
+
+
+def _find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith((SUFFIX, ".yml")) or "/" in text or "\\" in text:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise UsageError("no such recipe file", where=text)
+        return path
+    names = recipe_names()
+    if text in names:
+        return LIBRARY / (text + SUFFIX)
+    near = get_close_matches(text, names, 1)
+    mend = f"Did you mean {near[0]}? " if near else ""
+    raise UsageError(
+        f"unknown recipe {text!r}",
+        expected="one of " + ", ".join(names),
+        mend=mend + f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
+    )
+
+
+def _with_name(located: Located, path: Path, problems: list[Problem]) -> Located:
+    """The recipe with its name filled in, which is the file's."""
+    assert isinstance(located.value, Mapping)
+    stated = located.value.get("name")
+    if stated is not None and stated.value != path.stem:
+        mend = "Leave the key out or rename the file."
+        problems.append(Problem("name is not the file's", stated.where, path.stem, repr(stated.plain()), mend))
+    return Located({**located.value, "name": Located(path.stem, located.where)}, located.where)
+
+
+def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
+    """Keys that are right each by itself, but not together."""
+    problems = []
+    for target in recipe.verify.required:
+        if target not in recipe.targets:
+            where = locate(located, ("verify", "required"))[0].where
+            expected = "some of " + ", ".join(recipe.targets)
+            problems.append(Problem("required target that the recipe does not make", where, expected, target))
+    for target in recipe.targets:
+        length = recipe.verify.for_target(target).text.length
+        if recipe.context != "full" and length > recipe.context:
+            own = ("verify", "overrides", target, "text", "length")
+            overridden = locate(located, own)[1] == own
+            where = locate(located, own if overridden else ("verify", "text", "length"))[0].where
+            expected = f"at most the context, {recipe.context} tokens"
+            problems.append(Problem("evaluation text longer than the context", where, expected, str(length)))
+    return problems
+
+
+def schema_text() -> str:
+    """The contents of recipes/recipe.schema.json."""
+    return json.dumps(json_schema(), indent=1) + "\n"

@@ -1,0 +1,283 @@
+"""Recipe files as text: YAML read with the line of every key, and `extends` resolved. Knows no recipe key but that one.
+
+    child.yaml --extends--> base.yaml --extends--> ...      merged from the far end, each file over the one it extends
+
+Mappings are merged key by key, lists and single values replaced; a null removes what is inherited. Every value keeps
+the file and line of its own key, so that a mistake is reported where it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+from converters.errors import UsageError
+
+# A recipe is a screen of text; these limits only stop files that are not recipes, or that expand without end.
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 32
+MAX_VALUES = 10_000
+
+SUFFIX = ".yaml"
+YAML_TAG = "tag:yaml.org,2002:"
+
+Plain = str | int | float | bool | None
+Json = Plain | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A line of a file, counted from 1. Prints as `file:line`."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A YAML value with the line of its key; in a list its own line, for a whole file the first one."""
+
+    value: Plain | tuple[Located, ...] | Mapping[str, Located]
+    where: Where
+
+    def plain(self) -> Json:
+        """The value without its lines."""
+        if isinstance(self.value, Mapping):
+            return {key: entry.plain() for key, entry in self.value.items()}
+        if isinstance(self.value, tuple):
+            return [entry.plain() for entry in self.value]
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake in a recipe, with the parts of a TundishError."""
+
+    what: str
+    where: Where
+    expected: str | None = None
+    found: str | None = None
+    mend: str | None = None
+
+    def error(self) -> UsageError:
+        return UsageError(self.what, where=str(self.where), expected=self.expected, found=self.found, mend=self.mend)
+
+
+def raise_all(problems: list[Problem]) -> None:
+    """Raise one UsageError that tells every problem, in the order of files and lines; nothing if there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0].error()
+    ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.where.file, problem.where.line))
+    told = [f"({number}) {problem.error()}" for number, problem in enumerate(ordered, 1)]
+    raise UsageError(f"{len(ordered)} problems in the recipe: " + " ".join(told))
+
+
+def display(path: Path) -> str:
+    """A path as messages show it: relative to the working directory if it lies inside."""
+    absolute = path.resolve()
+    here = Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
+
+
+def read_yaml(path: Path, problems: list[Problem]) -> Located:
+    """The mapping in a YAML file. Duplicate keys and odd values go to `problems`; UsageError if it cannot be parsed."""
+    file = display(path)
+    text = _read_text(path, file)
+    try:
+        _check_depth(text, file)
+        root = _parser().compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise Problem(f"not valid YAML: {error.problem or error.context}", Where(file, line)).error() from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        found = f"U+{ord(text[error.position]):04X}"
+        raise Problem("not valid YAML: control character", Where(file, line), found=found).error() from error
+    except YAMLError as error:
+        raise Problem(f"not valid YAML: {error}", Where(file, 1)).error() from error
+    start = Where(file, 1)
+    if root is None:
+        return Located({}, start)
+    if not isinstance(root, MappingNode):
+        raise Problem("not a recipe", start, expected="lines of `key: value`", found=_kind(root)).error()
+    return _Reader(file, problems).read(root, start, 0)
+
+
+def merge(base: Located, over: Located, problems: list[Problem]) -> Located:
+    """`over` laid over `base`. A null that has nothing to remove goes to `problems`: it is a forgotten value."""
+    if not isinstance(over.value, Mapping):
+        return over
+    merged = dict(base.value) if isinstance(base.value, Mapping) else {}
+    for key, entry in over.value.items():
+        if entry.value is not None:
+            merged[key] = merge(merged.get(key, Located(None, entry.where)), entry, problems)
+        elif key in merged:
+            del merged[key]
+        else:
+            problems.append(
+                Problem(
+                    f"{key!r} has no value",
+                    entry.where,
+                    mend="Write {} if it is to hold the defaults; no value removes an inherited key, and none is.",
+                )
+            )
+    return Located(merged, over.where)
+
+
+def resolve(path: Path, library: Path, not_inherited: frozenset[str], problems: list[Problem]) -> Located:
+    """The file at `path` merged over everything it extends, directly or not.
+
+    A base is looked up beside the file that names it, then in `library`. Keys in `not_inherited` count only in the
+    file at `path`. UsageError if a base is missing or the files extend one another in a circle.
+    """
+    chain: list[Located] = []
+    seen: list[Path] = []
+    current: Path | None = path
+    while current is not None:
+        seen.append(current.resolve())
+        located = read_yaml(current, problems)
+        assert isinstance(located.value, Mapping)
+        skipped = not_inherited if chain else frozenset[str]()
+        own = {key: entry for key, entry in located.value.items() if key != "extends" and key not in skipped}
+        chain.append(Located(own, located.where))
+        current = _base(located.value.get("extends"), current, library, seen)
+    merged = Located({}, chain[-1].where)
+    for located in reversed(chain):
+        merged = merge(merged, located, problems)
+    return merged
+
+
+def _base(extends: Located | None, path: Path, library: Path, seen: list[Path]) -> Path | None:
+    if extends is None:
+        return None
+    name = extends.value
+    if not isinstance(name, str) or not name:
+        found = repr(extends.plain())
+        raise Problem("wrong value for extends", extends.where, "the name or path of a recipe", found).error()
+    file = name if name.endswith((SUFFIX, ".yml")) else name + SUFFIX
+    candidates = [path.parent / file, library / file]
+    found_paths = [candidate for candidate in candidates if candidate.is_file()]
+    if not found_paths:
+        tried = " or ".join(dict.fromkeys(display(candidate) for candidate in candidates))
+        raise Problem(f"extends a recipe that does not exist: {name!r}", extends.where, f"a file {tried}").error()
+    # A recipe may extend the packaged one of its own name: the file itself is never its own base.
+    others = [candidate for candidate in found_paths if candidate.resolve() != path.resolve()]
+    if not others or others[0].resolve() in seen:
+        back = (others or found_paths)[0].resolve()
+        circle = [*seen[seen.index(back) :], back]
+        shown = " -> ".join(display(link) for link in circle)
+        raise Problem("recipes extend one another in a circle", extends.where, found=shown).error()
+    return others[0]
+
+
+def _read_text(path: Path, file: str) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe: {error.strerror}", where=file) from error
+    if len(data) > MAX_BYTES:
+        raise UsageError("not a recipe", where=file, expected=f"at most {MAX_BYTES} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Problem("not UTF-8 text", Where(file, line), found=f"byte 0x{data[error.start]:02x}").error() from error
+
+
+def _parser() -> YAML:
+    return YAML(typ="safe", pure=True)  # the C parser gives no composed nodes
+
+
+def _check_depth(text: str, file: str) -> None:
+    """Before composing, which recurses once a level."""
+    depth = 0
+    for event in _parser().parse(text):
+        if isinstance(event, CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _too_deep(Where(file, event.start_mark.line + 1))
+
+
+def _too_deep(where: Where) -> UsageError:
+    return Problem("not a recipe", where, expected=f"at most {MAX_DEPTH} levels of nesting").error()
+
+
+def _kind(node: Node) -> str:
+    return {"ScalarNode": "a single value", "SequenceNode": "a list"}.get(type(node).__name__, "a mapping")
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Turns composed nodes into Located values, counting them: aliases may expand a short file without end."""
+
+    file: str
+    problems: list[Problem]
+    count: int = 0
+
+    def read(self, node: Node, where: Where, depth: int) -> Located:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise Problem("not a recipe", where, expected=f"at most {MAX_VALUES} values, aliases included").error()
+        if depth > MAX_DEPTH:
+            raise _too_deep(where)
+        kind = str(node.tag).removeprefix(YAML_TAG)
+        if not isinstance(node, ScalarNode) and kind not in ("map", "seq"):
+            self.problems.append(Problem(f"unknown YAML tag {node.tag}", where, expected="a plain value"))
+        if isinstance(node, MappingNode):
+            return Located(dict(self._entries(node, depth)), where)
+        if isinstance(node, SequenceNode):
+            entries = (self.read(item, self._line(item), depth + 1) for item in node.value)
+            return Located(tuple(entries), where)
+        assert isinstance(node, ScalarNode)
+        return Located(self._scalar(node, where), where)
+
+    def _entries(self, node: MappingNode, depth: int) -> Iterator[tuple[str, Located]]:
+        first: dict[str, Where] = {}
+        for key_node, value_node in node.value:
+            where = self._line(key_node)
+            if not isinstance(key_node, ScalarNode):
+                self.problems.append(Problem("not a key", where, expected="text", found=_kind(key_node)))
+                continue
+            key = str(key_node.value)
+            if key in first:
+                found = f"it first in line {first[key].line}"
+                self.problems.append(Problem(f"duplicate key {key!r}", where, expected="each key once", found=found))
+                continue
+            first[key] = where
+            yield key, self.read(value_node, where, depth + 1)
+
+    def _scalar(self, node: ScalarNode, where: Where) -> Plain:
+        text = str(node.value)
+        kind = str(node.tag).removeprefix(YAML_TAG)
+        if kind in ("str", "timestamp"):  # a date is no recipe value, but may well be a branch name
+            return text
+        if kind not in ("int", "float", "bool", "null"):
+            self.problems.append(Problem(f"unknown YAML tag {node.tag}", where, expected="a plain value"))
+            return text
+        try:
+            value = _parser().constructor.construct_object(node)
+        except (ValueError, KeyError, IndexError):  # what the constructors raise on text that is not of their kind
+            shown = repr(text) if len(text) <= 60 else f"{text[:40]!r} and {len(text) - 40} characters more"
+            self.problems.append(Problem(f"not a value of YAML's type {kind}", where, found=shown))
+            return text
+        assert value is None or isinstance(value, bool | int | float)
+        return value
+
+    def _line(self, node: Node) -> Where:
+        return Where(self.file, node.start_mark.line + 1)
