@@ -1,0 +1,179 @@
+"""Builds from end to end, in the real runtimes, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters.errors import GateError, ModelError, ResourceError, UsageError
+from converters.source import Source
+from exporters.base import Target
+from exporters.registry import EXPORTERS
+from tests.tundish.tiny import write_recipe, write_tiny_phi3
+from tundish import job, verify
+from tundish.job import Choices, Watcher, build, verify_again
+from tundish.model import open_model
+from tundish.recipe import load_recipe
+
+for module in ("xllamacpp", "onnxruntime_genai", "openvino_genai", "mlx_lm"):
+    pytest.importorskip(module)
+
+QUIET = Watcher(lambda text: None, lambda text, total: None, lambda amount: None)
+INT4 = {"default": "int4_g32", "overrides": {"embedding": "int8_g32", "lm_head": "int8_g32"}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_phi3(tmp_path_factory.mktemp("models") / "tiny phi3 ünïcode")
+
+
+@pytest.fixture(scope="module")
+def fp32_build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("fp32")
+    out = folder / "out with späces"
+    return out, build(Choices(str(write_recipe(folder / "all.yaml", checkpoint)), out=out), QUIET)
+
+
+def gates(manifest: Mapping[str, Any], target: str) -> dict[str, Any]:
+    return {gate["name"]: gate for gate in manifest["verification"][target]["gates"]}
+
+
+def test_every_gate_in_every_runtime(fp32_build: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = fp32_build
+    for target in Target:
+        results = gates(manifest, target)
+        assert results["codes"]["passed"] and results["tokens"]["passed"] and results["runtime"]["passed"]
+    # Both sides of the boundary where the artifact claims both, the far side alone where it claims that.
+    beyond = "kl past the LongRoPE boundary"
+    for target in (Target.ONNX, Target.OPENVINO):
+        assert gates(manifest, target)["kl"]["passed"] and gates(manifest, target)[beyond]["passed"]
+    for target in (Target.GGUF, Target.MLX):
+        assert gates(manifest, target)["kl"]["passed"] is None and gates(manifest, target)[beyond]["figure"] < 1e-5
+    assert manifest["source"]["licence"] == "mit"
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert "| onnx | codes | passed |" in (out / "report.md").read_text()
+    assert not list(out.parent.glob(".out*")), "no staging folder is left"
+
+
+def test_artifact_folders_hold_what_the_manifest_says(fp32_build: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = fp32_build
+    for target, entry in manifest["targets"].items():
+        present = {path.relative_to(out / target).as_posix() for path in (out / target).rglob("*") if path.is_file()}
+        assert present == set(entry["files"])
+        assert entry["bytes"] == sum((out / target / name).stat().st_size for name in present), "the plan was exact"
+
+
+def test_verify_again(fp32_build: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = fp32_build
+    again = verify_again(out, None, None, QUIET)
+    assert again["verification"].keys() == manifest["verification"].keys()
+    assert all(gate["passed"] is not False for target in Target for gate in gates(again, target).values())
+
+
+def test_a_flipped_byte_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "one.yaml", checkpoint, targets={"gguf": {}})
+    build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
+    path = tmp_path / "out" / "gguf" / "model.gguf"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(GateError, match=r"files differ.*gguf/model\.gguf"):
+        verify_again(tmp_path / "out", None, None, QUIET)
+
+
+@pytest.mark.parametrize(
+    "schemes", [INT4, {"default": "int4_g64"}, {"default": "int4_asym_g32"}, {"default": "int8_channel"}], ids=str
+)
+def test_the_same_numbers_in_every_container(checkpoint: Path, tmp_path: Path, schemes: dict[str, Any]) -> None:
+    """Read back by gguf, onnx, openvino and mlx, each matrix is the same, bit for bit."""
+    recipe_file = write_recipe(tmp_path / "all.yaml", checkpoint, schemes=schemes)
+    build(Choices(str(recipe_file), out=tmp_path / "out", verify=False), QUIET)
+    recipe = load_recipe(recipe_file)
+    model = open_model(Source("tiny", checkpoint, None, None), recipe)
+    matrices = {weight.name for weight in model.graph.weights.values() if len(weight.shape) == 2}
+    read = {
+        target: dict(exporter.read_back(tmp_path / "out" / target, model)) for target, exporter in EXPORTERS.items()
+    }
+    for target, values in read.items():
+        assert values.keys() == matrices, target
+        for name in matrices:
+            np.testing.assert_array_equal(values[name], read[Target.GGUF][name], err_msg=f"{target} {name}")
+
+
+def test_a_missed_gate_publishes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    build(Choices(str(recipe), out=out, verify=False), QUIET)
+    before = (out / "gguf" / "model.gguf").read_bytes()
+    write_recipe(recipe, checkpoint, targets={"gguf": {}}, context=128, schemes=INT4)
+    with pytest.raises(GateError, match=r"gguf kl: 0\.\d+ against 1e-05.*out\.rejected"):
+        build(Choices(str(recipe), out=out), QUIET)
+    assert (out / "gguf" / "model.gguf").read_bytes() == before, "what was there stays"
+    assert "FAILED" in (tmp_path / "out.rejected" / "report.md").read_text()
+
+
+def test_a_crash_and_a_hang_are_failed_gates(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that dies takes neither the job nor the other runtimes with it."""
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}, "openvino": {}}, context=128)
+    settled = load_recipe(recipe)
+    build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
+    (tmp_path / "out" / "gguf" / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    source = Source("tiny", checkpoint, None, None)
+    digests = {
+        name: entry["digest"]
+        for name, entry in job.read_manifest(tmp_path / "out")["weights"].items()
+        if "digest" in entry
+    }
+    model = open_model(source, settled)
+    results = verify.verify(model, source, settled, EXPORTERS, tmp_path / "out", digests, 1, lambda text: None)
+    gguf, openvino = results
+    assert gguf.passed is False and "last words" in gguf.gates[0].detail
+    assert openvino.passed is True
+    impatient = settled.model_copy(update={"verify": settled.verify.model_copy(update={"time_limit": 1})})
+    results = verify.verify(model, source, impatient, EXPORTERS, tmp_path / "out", digests, 1, lambda text: None)
+    assert all("time limit of 1 s" in result.gates[0].detail for result in results)
+
+
+def test_a_missing_runtime(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without_llama(name: str, package: str | None = None) -> object:
+        return None if name == "xllamacpp" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_llama)
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    manifest = build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
+    gate = manifest["verification"]["gguf"]["gates"][0]
+    assert gate["passed"] is None and "xllamacpp not installed" in gate["detail"]
+    assert "not verified" in (tmp_path / "out" / "report.md").read_text()
+    required = json.loads(recipe.read_text())["verify"] | {"required": ["gguf"]}
+    write_recipe(recipe, checkpoint, targets={"gguf": {}}, context=128, verify=required)
+    with pytest.raises(GateError, match="the recipe requires this runtime"):
+        build(Choices(str(recipe), out=tmp_path / "out2"), QUIET)
+
+
+def test_disk_is_asked_for_before_work_starts(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}})
+    with pytest.raises(ResourceError, match=r"not enough disk.*expected [\d,]+ bytes free; found 1"):
+        build(Choices(str(recipe), out=tmp_path / "deep" / "out"), QUIET)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_wrong_targets_and_models(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}))
+    with pytest.raises(UsageError, match="has no target mlx"):
+        build(Choices(recipe, targets=[Target.MLX]), QUIET)
+    with pytest.raises(ModelError):
+        build(Choices(recipe, model=str(tmp_path / "absent"), out=tmp_path / "out"), QUIET)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,51 @@
+"""Runs a Python module in a process of its own, with a time limit, so that a crash or a hang stays there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHOWN_LINES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a child ended: `failure` is None if it did what it should, else one sentence with its last words."""
+
+    failure: str | None
+
+
+def run_child(module: str, arguments: list[str], log: Path, seconds: float, threads: int) -> Ending:
+    """Run `python -m module arguments`; its output goes to `log`. Kills the whole process group at the time limit."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",  # artifacts are complete: nothing that a runtime does needs the network
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603  # our own interpreter and module, no shell
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return Ending(f"still running after its time limit of {seconds:g} s")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status == 0:
+        return Ending(None)
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return Ending(f"{how}; its last words: " + " | ".join(lines[-_SHOWN_LINES:]) if lines else how)

@@ -1,0 +1,304 @@
+"""The command line. Results go to stdout, everything else to stderr; exit statuses are part of the contract."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from converters.errors import TundishError
+from exporters.base import Target
+
+if TYPE_CHECKING:
+    from tundish.job import Watcher
+
+app = typer.Typer(
+    name="tundish",
+    help="One Hugging Face language model, quantized once, poured into GGUF, ONNX, OpenVINO and MLX, and verified.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `tundish recipes`) or a YAML file.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A checkpoint folder, a Hub id, or `sample`. Default: the recipe's own.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.")]
+TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+def main() -> None:
+    """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=True)
+    except TundishError as error:
+        print(f"tundish: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("tundish: interrupted; nothing was published.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that unfinished folders are removed
+
+
+@app.command()
+def build(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    out: OutOption = None,
+    target: TargetOption = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")] = True,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model by a recipe, verify the artifacts in their runtimes, and publish them."""
+    from tundish import job
+
+    choices = job.Choices(recipe, model, out, target or (), verify, threads)
+    with watcher() as watching:
+        manifest = job.build(choices, watching)
+    show(manifest, as_json, _summary)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    out: OutOption = None,
+    target: TargetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a build would write: exact bytes a tensor, disk and peak memory. Writes nothing."""
+    from tundish import job
+
+    settled, made = job.plan_job(job.Choices(recipe, model, out, target or ()))
+    document = {
+        "recipe": settled.name,
+        "tensors": [
+            {
+                "name": row.name,
+                "shape": list(row.shape),
+                "scheme": row.scheme,
+                "requested": row.requested,
+                "bytes": {target.value: nbytes for target, nbytes in row.nbytes.items()},
+            }
+            for row in made.rows
+        ],
+        "targets": {
+            target: {
+                "bytes": layout.nbytes,
+                "files": {name: big.nbytes for name, big in layout.big.items()}
+                | {name: len(data) for name, data in layout.small.items()},
+                "semantics": made.semantics[target].sentence,
+            }
+            for target, layout in made.layouts.items()
+        },
+        "disk": made.disk,
+        "peak_memory": made.memory,
+    }
+    show(document, as_json, _plan_text)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The checkpoint it was made from. Default: the manifest's.")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open the artifacts of an earlier build in their runtimes again and measure again."""
+    from tundish import job
+
+    with watcher() as watching:
+        manifest = job.verify_again(folder, model, threads, watching)
+    show(manifest, as_json, _summary)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a build, an artifact folder or a weight file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List the tensors of a checkpoint or an artifact, a row each."""
+    from tundish.inspection import inspect_path
+
+    rows = inspect_path(path)
+    document = [
+        {"file": row.file, "name": row.name, "type": row.type, "shape": list(row.shape), "bytes": row.nbytes}
+        for row in rows
+    ]
+    show(document, as_json, _tensor_text)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe, resolved.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the recipes, a row each, or show one with everything it inherits."""
+    from tundish.recipe import json_schema, list_recipes, load_recipe, resolved_yaml
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+    elif name is not None:
+        recipe = load_recipe(name)
+        show(recipe.model_dump(mode="json", exclude_none=True), as_json, lambda _: resolved_yaml(recipe).rstrip())
+    else:
+        rows = [
+            {
+                "name": recipe.name,
+                "device": recipe.device.value,
+                "targets": [target.value for target in recipe.targets],
+                "scheme": recipe.schemes.default.name,
+                "context": recipe.context,
+                "description": recipe.description.strip(),
+            }
+            for recipe in list_recipes()
+        ]
+        show(rows, as_json, _recipes_text)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show which runtimes are installed, their versions, and what each can do here."""
+    from tundish.doctor import examine
+
+    rows = [examination.as_dict() for examination in examine()]
+    show(rows, as_json, _doctor_text)
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")], as_json: JsonOption = False
+) -> None:
+    """Write the small real sample model as a checkpoint: SmolLM2-135M-Instruct in the Phi-3 architecture."""
+    from tundish.sample import write_sample
+
+    write_sample(folder)
+    show({"folder": str(folder.absolute())}, as_json, lambda _: f"written: {folder}")
+
+
+# ---- output ----
+
+
+@contextmanager
+def watcher() -> Iterator[Watcher]:
+    """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from tundish.job import Watcher
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+
+        def say(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        yield Watcher(say, lambda text, total: say(text), lambda amount: None)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def start(text: str, total: int) -> None:
+            progress.add_task(text, total=total)
+
+        yield Watcher(
+            lambda text: progress.console.print(text, markup=False),
+            start,
+            lambda amount: progress.advance(progress.task_ids[-1], amount),
+        )
+
+
+def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    """Print a result: as JSON, or as text(document)."""
+    print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document))
+
+
+def _columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
+    """Rows of cells as aligned text; the first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    rows = [["target", "bytes", "gate", "result", "figure", "threshold", "detail"]]
+    for target, entry in manifest["targets"].items():
+        verification = (manifest["verification"] or {}).get(target)
+        if verification is None:
+            rows.append([target, f"{entry['bytes']:,}", "–", "not verified", "", "", ""])
+            continue
+        for index, gate in enumerate(verification["gates"]):
+            result = {True: "passed", False: "FAILED", None: "not verified"}[gate["passed"]]
+            figure = "" if gate["figure"] is None else f"{gate['figure']:.6g}"
+            threshold = "" if gate["threshold"] is None else f"{gate['threshold']:g}"
+            head = [target, f"{entry['bytes']:,}"] if index == 0 else ["", ""]
+            rows.append([*head, gate["name"], result, figure, threshold, gate["detail"]])
+    return _columns(rows, frozenset({1, 4, 5}))
+
+
+def _plan_text(document: dict[str, Any]) -> str:
+    targets = list(document["targets"])
+    rows = [["tensor", "shape", "scheme", *(f"{target} bytes" for target in targets)]]
+    for row in document["tensors"]:
+        asked = "" if row["requested"] == row["scheme"] else f" (asked for {row['requested']}: does not divide the row)"
+        sizes = [f"{row['bytes'][target]:,}" for target in targets]
+        rows.append([row["name"], "×".join(map(str, row["shape"])), row["scheme"] + asked, *sizes])
+    parts = [_columns(rows, frozenset(range(3, 3 + len(targets))))]
+    for target, entry in document["targets"].items():
+        files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
+        parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
+    parts.append(f"disk: {document['disk']:,} bytes; peak memory of the pour: about {document['peak_memory']:,} bytes")
+    return "\n\n".join(parts)
+
+
+def _tensor_text(document: list[dict[str, Any]]) -> str:
+    rows = [["file", "tensor", "type", "shape", "bytes"]]
+    for row in document:
+        rows.append([row["file"], row["name"], row["type"], "×".join(map(str, row["shape"])), f"{row['bytes']:,}"])
+    total = sum(row["bytes"] for row in document)
+    return _columns(rows, frozenset({4})) + f"\n{len(document)} tensors, {total:,} bytes"
+
+
+def _recipes_text(document: list[dict[str, Any]]) -> str:
+    rows = [["recipe", "device", "containers", "scheme", "context", "what"]]
+    for row in document:
+        first = row["description"].split(". ")[0].replace("\n", " ")
+        rows.append([row["name"], row["device"], ",".join(row["targets"]), row["scheme"], str(row["context"]), first])
+    return _columns(rows, frozenset({4}))
+
+
+def _doctor_text(document: list[dict[str, Any]]) -> str:
+    rows = [["container", "export", "verify", "versions", "devices"]]
+    for row in document:
+        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+        export = "yes" if row["exports"] else "no: " + row["mend"]
+        verifies = "yes" if row["verifies"] else "no: " + row["mend"]
+        rows.append([row["target"], export, verifies, versions, ", ".join(row["devices"])])
+    return _columns(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What is in a checkpoint, a build or an artifact, a row a tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.checkpoint import open_checkpoint
+from converters.errors import UsageError
+from exporters.base import Target, TensorRow
+from exporters.registry import EXPORTERS
+from tundish.plan import require_modules
+from tundish.publish import MANIFEST
+
+# The file by which each container's folder is known.
+_SIGNS = {
+    Target.GGUF: "*.gguf",
+    Target.ONNX: "*.onnx",
+    Target.OPENVINO: "openvino_model.xml",
+}
+
+
+def inspect_path(path: Path) -> list[TensorRow]:
+    """The tensors of a checkpoint folder, a build folder, an artifact folder, or the folder of a weight file."""
+    if not path.exists():
+        raise UsageError("nothing there", where=str(path))
+    folder = path if path.is_dir() else path.parent
+    if (folder / MANIFEST).is_file():
+        parts = [(target, folder / target) for target in Target if (folder / target).is_dir()]
+        return [
+            TensorRow(f"{target}/{row.file}", row.name, row.type, row.shape, row.nbytes)
+            for target, part in parts
+            for row in _artifact_rows(target, part)
+        ]
+    for target, sign in _SIGNS.items():
+        if any(folder.glob(sign)):
+            return _artifact_rows(target, folder)
+    if not any(folder.glob("*.safetensors*")) and not (folder / "config.json").is_file():
+        raise UsageError("neither a checkpoint nor an artifact", where=str(path))
+    if path.is_file() or _is_mlx(folder):
+        return [row for row in _artifact_rows(Target.MLX, folder) if path.is_dir() or row.file == path.name]
+    return [
+        TensorRow(tensor.path.name, tensor.name, str(tensor.dtype), tensor.shape, tensor.nbytes)
+        for tensor in open_checkpoint(folder).values()
+    ]
+
+
+def _is_mlx(folder: Path) -> bool:
+    """Whether the safetensors hold MLX's packed codes, which are no floats."""
+    return any(row.type == "U32" for row in _artifact_rows(Target.MLX, folder))
+
+
+def _artifact_rows(target: Target, folder: Path) -> list[TensorRow]:
+    exporter = EXPORTERS[target]
+    require_modules(exporter)
+    return list(exporter.tensors(folder))

@@ -1,0 +1,216 @@
+"""A build from end to end: plan, pour, verify, publish. And the same verification again, later."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from converters.errors import GateError, UsageError
+from converters.source import Source, resolve_source, source_digest
+from exporters.base import Target
+from exporters.registry import EXPORTERS
+from tundish.manifest import build_manifest, file_record, verification_record
+from tundish.model import SAMPLE, find_source, open_model
+from tundish.plan import Plan, make_plan, require_resources
+from tundish.pour import disk_errors, pour
+from tundish.publish import MANIFEST, REPORT, publish, require_replaceable, staging
+from tundish.recipe import Recipe, load_recipe
+from tundish.report import write_report
+from tundish.verify import TargetResult, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """How a job reports what it does: `say` a sentence, `start` a count of a total, `advance` it."""
+
+    say: Callable[[str], None]
+    start: Callable[[str, int], None]
+    advance: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the command line settles on top of the recipe. `threads` None: as many as cores."""
+
+    recipe: str
+    model: str | None = None
+    out: Path | None = None
+    targets: Sequence[Target] = ()
+    verify: bool = True
+    threads: int | None = None
+
+
+def settle_recipe(choices: Choices) -> Recipe:
+    """The recipe with its targets narrowed to those chosen."""
+    recipe = load_recipe(choices.recipe)
+    unknown = [target for target in choices.targets if target not in recipe.targets]
+    if unknown:
+        raise UsageError(f"recipe {recipe.name} has no target {', '.join(unknown)}", expected=", ".join(recipe.targets))
+    if not choices.targets:
+        return recipe
+    kept = {target: options for target, options in recipe.targets.items() if target in choices.targets}
+    required = tuple(target for target in recipe.verify.required if target in kept)
+    return recipe.model_copy(
+        update={"targets": kept, "verify": recipe.verify.model_copy(update={"required": required})}
+    )
+
+
+def settle_source(choices: Choices, recipe: Recipe) -> Source:
+    """The checkpoint of --model, or the recipe's own."""
+    if choices.model is not None:
+        return find_source(choices.model, None)
+    return find_source(recipe.model.source, recipe.model.revision)
+
+
+def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
+    """What a build would write; nothing is written."""
+    recipe = settle_recipe(choices)
+    model = open_model(settle_source(choices, recipe), recipe)
+    return recipe, make_plan(model, recipe, EXPORTERS)
+
+
+def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
+    """Build every target of a recipe and return the manifest.
+
+    Artifacts are written beside `out` and renamed to it at the very end. A build that fails its gates is moved to
+    `<out>.rejected` for a look, and GateError is raised; `out` stays as it was.
+    """
+    threads = set_threads(choices.threads)
+    recipe = settle_recipe(choices)
+    out = (choices.out or Path("dist") / recipe.name).absolute()
+    require_replaceable(out)
+    source = settle_source(choices, recipe)
+    watcher.say(f"model: {source.name} ({source.folder})")
+    model = open_model(source, recipe)
+    plan = make_plan(model, recipe, EXPORTERS)
+    require_resources(plan, out)
+    with staging(out) as folder:
+        watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
+        digests = pour(model.graph, plan.layouts, folder, watcher.advance)
+        with disk_errors(out):
+            manifest = build_manifest(source, model, recipe, plan, folder, digests)
+            write_manifest(folder, manifest)
+        results: tuple[TargetResult, ...] | None = None
+        if choices.verify and recipe.verify.enabled:
+            results = verify(model, source, recipe, EXPORTERS, folder, digests, threads, watcher.say)
+            manifest["verification"] = verification_record(results)
+        with disk_errors(out):
+            write_manifest(folder, manifest)
+            (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
+        require_gates(results, folder, out)
+        publish(folder, out)
+    watcher.say(f"written: {out}")
+    return manifest
+
+
+def require_gates(results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
+    """GateError if a gate failed, after moving the folder to `<out>.rejected`."""
+    failures = failed_gates(results or ())
+    if not failures:
+        return
+    rejected = out.with_name(out.name + ".rejected")
+    with disk_errors(out):
+        shutil.rmtree(rejected, ignore_errors=True)
+        folder.rename(rejected)
+    raise GateError(
+        "verification failed, nothing is published",
+        found="; ".join(failures),
+        mend=f"The artifacts and their report are in {rejected} for a look.",
+    )
+
+
+def failed_gates(results: Sequence[TargetResult]) -> list[str]:
+    """A phrase for every gate that failed."""
+    return [
+        f"{result.target} {gate.name}: "
+        + (f"{gate.figure:.4g} against {gate.threshold:g}" if gate.threshold else gate.detail)
+        for result in results
+        for gate in result.gates
+        if gate.passed is False
+    ]
+
+
+def verify_again(folder: Path, model: str | None, threads: int | None, watcher: Watcher) -> dict[str, Any]:
+    """Check a published folder: its files' digests, then every gate anew. Updates its manifest and report."""
+    count = set_threads(threads)
+    manifest = read_manifest(folder)
+    damaged = [
+        f"{target}/{name}"
+        for target, entry in manifest["targets"].items()
+        for name, record in entry["files"].items()
+        if file_record(folder / target / name) != record
+    ]
+    if damaged:
+        raise GateError(
+            "files differ from the manifest",
+            where=str(folder),
+            found=", ".join(damaged[:5]) + (" …" if len(damaged) > 5 else ""),
+            mend="The folder was changed or damaged after it was built: build it again.",
+        )
+    recipe = Recipe.model_validate(manifest["recipe"])
+    source = _recorded_source(manifest["source"], model)
+    opened = open_model(source, recipe)
+    digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
+    results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
+    manifest["verification"] = verification_record(results)
+    with disk_errors(folder):
+        write_manifest(folder, manifest)
+        (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
+    failures = failed_gates(results)
+    if failures:
+        raise GateError("verification failed", where=str(folder), found="; ".join(failures))
+    return manifest
+
+
+def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
+    """The checkpoint the manifest names, or --model; its files must be the recorded ones."""
+    if model is not None:
+        source = find_source(model, None)
+    elif record["repo_id"]:
+        source = resolve_source(record["repo_id"], record["revision"])
+    else:
+        source = find_source(SAMPLE if record["name"] == SAMPLE else record["folder"], None)
+    found = source_digest(source.folder)
+    differing = sorted(name for name in record["files"] if found.get(name) != record["files"][name])
+    if differing:
+        raise UsageError(
+            "this is not the checkpoint that the artifacts were made from",
+            where=str(source.folder),
+            found=f"other contents in {', '.join(differing[:4])}",
+            mend="Give the checkpoint with --model.",
+        )
+    return source
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a build; UsageError if the folder holds none."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "not a folder that tundish built", where=str(folder), expected=f"a readable {MANIFEST}", found=str(error)
+        ) from error
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json by way of a temporary file, so that an earlier one is never lost."""
+    temporary = folder / (MANIFEST + ".new")
+    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def set_threads(threads: int | None) -> int:
+    """Bound numba's threads, and the runtimes' to come; returns the count."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or cores
+    numba.set_num_threads(min(count, numba.get_num_threads()))
+    return count

@@ -1,0 +1,79 @@
+"""manifest.json: where a build came from, what is in it, and what was measured. No times: same input, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from converters.source import Source, source_digest
+from exporters.base import Model
+from tundish.plan import Plan
+from tundish.recipe import Recipe, recipe_digest
+from tundish.verify import TargetResult
+
+FORMAT = 1
+
+
+def build_manifest(
+    source: Source, model: Model, recipe: Recipe, plan: Plan, folder: Path, digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest of freshly poured artifacts, not yet verified."""
+    return {
+        "format": FORMAT,
+        "tundish": version("tundish"),
+        "source": {
+            "name": source.name,
+            "repo_id": source.repo_id,
+            "revision": source.revision,
+            "folder": str(source.folder),
+            "licence": model.licence,
+            "files": source_digest(source.folder),
+        },
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "recipe_digest": recipe_digest(recipe),
+        "context_length": model.context_length,
+        "libraries": {name: version(name) for name in ("numpy", "numba", "gguf", "tokenizers")}
+        | {"python": platform.python_version()},
+        "dropped": dict(model.graph.dropped),
+        "weights": {
+            row.name: {"shape": list(row.shape), "scheme": row.scheme}
+            | ({"digest": digests[row.name]} if row.name in digests else {})
+            for row in plan.rows
+        },
+        "targets": {
+            target: {
+                "semantics": asdict(plan.semantics[target]),
+                "bytes": layout.nbytes,
+                "files": {name: file_record(folder / target / name) for name in sorted({*layout.big, *layout.small})},
+            }
+            for target, layout in plan.layouts.items()
+        },
+        "verification": None,
+    }
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file; bytes -1 and no digest where it is missing."""
+    if not path.is_file():
+        return {"bytes": -1, "sha256": None}
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def verification_record(results: Sequence[TargetResult]) -> dict[str, Any]:
+    """The gates of every target, as JSON holds them."""
+    return {
+        result.target: {
+            "passed": result.passed,
+            "versions": dict(result.versions),
+            "divergence": None if result.divergence is None else asdict(result.divergence),
+            "answer": result.answer,
+            "gates": [asdict(gate) for gate in result.gates],
+        }
+        for result in results
+    }

@@ -1,0 +1,59 @@
+"""From a model's name to the Model that exporters take: graph with schemes, tokenizer, context, licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from converters.generation import read_generation
+from converters.load import load_graph
+from converters.passes.assign import assign_schemes
+from converters.source import Source, resolve_source
+from converters.tokenizer import read_tokenizer
+from exporters.base import Model
+from tundish.recipe import Recipe
+
+SAMPLE = "sample"
+
+
+def find_source(model: str, revision: str | None) -> Source:
+    """The checkpoint folder of a path, a Hub id or the word `sample`, downloaded or made if need be."""
+    if model == SAMPLE:
+        from tundish.sample import cached_sample  # its dependencies are needed for the sample alone
+
+        return Source(SAMPLE, cached_sample(), None, None)
+    return resolve_source(model, revision)
+
+
+def open_model(source: Source, recipe: Recipe) -> Model:
+    """Read headers, configuration and tokenizer, and assign the recipe's schemes. No weight is read."""
+    graph = load_graph(source.folder)
+    config = graph.config
+    graph = assign_schemes(graph, recipe.schemes.default, recipe.schemes.overrides)
+    context = config.context_length if recipe.context == "full" else min(recipe.context, config.context_length)
+    return Model(
+        graph=graph,
+        tokenizer=read_tokenizer(source.folder, config),
+        context_length=context,
+        name=source.name.rstrip("/").rsplit("/", 1)[-1],
+        licence=_licence(source.folder),
+        sampling=read_generation(source.folder).sampling,
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    """The `license` of the model card's YAML front matter, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return None
+    try:
+        front = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
+    except YAMLError:
+        return None  # a card for humans that is no YAML states no licence
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else None

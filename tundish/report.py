@@ -1,0 +1,93 @@
+"""report.md: the manifest for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+_MARKS = {True: "passed", False: "FAILED", None: "not verified"}
+
+
+def write_report(manifest: dict[str, Any]) -> str:
+    """Markdown: what was made from what, the figures of every gate, and where bytes went."""
+    source, recipe = manifest["source"], manifest["recipe"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    parts = [
+        f"# {recipe['name']}: {source['name']}",
+        f"{recipe['description'].strip()}",
+        f"Source: `{source['repo_id'] or source['name']}`{revision}, licence {source['licence'] or 'not stated'}. "
+        f"Context: {manifest['context_length']} tokens. tundish {manifest['tundish']}.",
+        "## Artifacts",
+        _artifacts(manifest),
+        "## Gates",
+        _gates(manifest),
+        "## Weights",
+        _weights(manifest),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _artifacts(manifest: dict[str, Any]) -> str:
+    verification = manifest["verification"] or {}
+    rows = []
+    for target, entry in manifest["targets"].items():
+        result = verification.get(target, {"passed": None, "divergence": None, "answer": None})
+        figures = result["divergence"]
+        rows.append(
+            [
+                target,
+                f"{entry['bytes'] / 1e6:.1f} MB",
+                _MARKS[result["passed"]],
+                f"{figures['kl_mean']:.6f}" if figures else "–",
+                f"{figures['kl_p99']:.4f}" if figures else "–",
+                f"{100 * figures['top1']:.1f} %" if figures else "–",
+                f"{figures['perplexity']:.3f} ({figures['reference_perplexity']:.3f})" if figures else "–",
+                entry["semantics"]["sentence"],
+            ]
+        )
+    header = ["target", "size", "verification", "KL mean", "KL 99 %", "top-1 same", "perplexity (reference)", "context"]
+    return table(header, rows)
+
+
+def _gates(manifest: dict[str, Any]) -> str:
+    if manifest["verification"] is None:
+        return "**Not verified**: the build ran without verification. `tundish verify` does it later."
+    rows = [
+        [
+            target,
+            gate["name"],
+            _MARKS[gate["passed"]],
+            "" if gate["figure"] is None else f"{gate['figure']:.6g}",
+            "" if gate["threshold"] is None else f"{gate['threshold']:g}",
+            gate["detail"],
+        ]
+        for target, result in manifest["verification"].items()
+        for gate in result["gates"]
+    ]
+    versions = [
+        f"- {target}: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        for target, result in manifest["verification"].items()
+        if result["versions"]
+    ]
+    return table(["target", "gate", "result", "figure", "threshold", "detail"], rows) + (
+        "\n\nRuntimes:\n\n" + "\n".join(versions) if versions else ""
+    )
+
+
+def _weights(manifest: dict[str, Any]) -> str:
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for entry in manifest["weights"].values():
+        elements = 1
+        for size in entry["shape"]:
+            elements *= size
+        counts[entry["scheme"]][0] += 1
+        counts[entry["scheme"]][1] += elements
+    rows = [[scheme, str(tensors), f"{elements:,}"] for scheme, (tensors, elements) in sorted(counts.items())]
+    return table(["scheme", "tensors", "parameters"], rows)

@@ -1,0 +1,356 @@
+"""Opens every artifact in its own runtime and compares it with the reference: codes, tokens, logits, answers.
+
+The reference of logits is the interpreter on the checkpoint's own float32 numbers; that of token ids is transformers'
+tokenizer; that of codes are the digests taken while the weights were poured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as FastTokenizer
+
+from converters.chat import render_chat
+from converters.checkpoint import read_float32
+from converters.config import RopeKind
+from converters.errors import ModelError
+from converters.interpret import interpret
+from converters.quantize.tensor import F32
+from converters.source import Source
+from converters.tokenizer import TokenType
+from converters.tokenizer_json import ensure_tokenizer_json
+from exporters.base import Exporter, Model, Semantics, Target
+from tundish.child import run_child
+from tundish.corpus import TOKEN_CORPUS
+from tundish.divergence import Divergence, compare_logits
+from tundish.heldout import evaluation_text
+from tundish.recipe import Gates, Recipe
+from tundish.worker import Request
+
+LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
+_MAX_SPECIAL_TEXTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One comparison. `passed` is None where it could not be made; `detail` says why, or what differed."""
+
+    name: str
+    passed: bool | None
+    figure: float | None = None
+    threshold: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetResult:
+    """All gates of one artifact, with the versions of the runtime that was asked."""
+
+    target: Target
+    gates: tuple[Gate, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    divergence: Divergence | None = None
+    answer: str | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """False if a gate failed, None if nothing could be verified, else True."""
+        if any(gate.passed is False for gate in self.gates):
+            return False
+        return True if any(gate.passed for gate in self.gates) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What every artifact is held against. Logits lie in .npy files, since they are large."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...] | None  # None: transformers is not installed
+    sequences: NDArray[np.int64]
+    logits: tuple[Path, ...]
+    long_sequences: NDArray[np.int64] | None
+    long_logits: tuple[Path, ...]
+    prompt: str | None
+
+
+def verify(
+    model: Model,
+    source: Source,
+    recipe: Recipe,
+    exporters: Mapping[Target, Exporter],
+    artifacts: Path,
+    digests: Mapping[str, str],
+    threads: int,
+    say: Callable[[str], None],
+) -> tuple[TargetResult, ...]:
+    """Verify artifacts/<target> for each target of the recipe, one runtime after the other."""
+    missing = {target: _missing_runtime(exporters[target]) for target in recipe.targets}
+    present = [target for target in recipe.targets if not missing[target]]
+    results = {target: _not_verified(target, missing[target], recipe) for target in recipe.targets if missing[target]}
+    with tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
+        folder = Path(scratch)
+        if present:
+            say("reference: the interpreter reads the held-out text in float32")
+            reference = make_reference(model, source, recipe, folder, threads)
+        for target in present:
+            say(f"{target}: opening in its runtime")
+            results[target] = _verify_target(
+                model, source, recipe, exporters[target], artifacts / target, digests, reference, folder, threads
+            )
+    return tuple(results[target] for target in recipe.targets)
+
+
+def _missing_runtime(exporter: Exporter) -> list[str]:
+    return [name for name in exporter.runtime_requires if importlib.util.find_spec(name.split(".")[0]) is None]
+
+
+def _not_verified(target: Target, missing: Sequence[str], recipe: Recipe) -> TargetResult:
+    required = target in recipe.verify.required
+    detail = f"{', '.join(missing)} not installed" + ("; the recipe requires this runtime" if required else "")
+    return TargetResult(target, (Gate("runtime", False if required else None, detail=detail),))
+
+
+# ---- reference ----
+
+
+def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, threads: int) -> Reference:
+    """Token ids, held-out sequences and their float32 logits."""
+    settings = [recipe.verify.for_target(target).text for target in recipe.targets]
+    texts = (*TOKEN_CORPUS, *_special_texts(model))
+    length = min(max(text.length for text in settings), model.context_length)
+    count = max(text.sequences for text in settings)
+    stream = held_out_ids(model)
+    sequences = _cut(stream, count, length)
+    long_sequences = None
+    rope = model.graph.config.rope
+    if rope.kind is RopeKind.LONGROPE and model.context_length > rope.original_context:
+        long_length = min(rope.original_context + LONG_TAIL, model.context_length)
+        long_sequences = _cut(np.resize(stream, max(len(stream), long_length)), 1, long_length)
+    prompt = None
+    if model.tokenizer.chat_template is not None:
+        prompt = render_chat(model.tokenizer, [{"role": "user", "content": recipe.verify.answer.prompt}])
+    return Reference(
+        texts=texts,
+        token_ids=_transformers_ids(source, texts, folder, threads),
+        sequences=sequences,
+        logits=_reference_logits(model, sequences, folder, "reference"),
+        long_sequences=long_sequences,
+        long_logits=()
+        if long_sequences is None
+        else _reference_logits(model, long_sequences, folder, "long-reference", LONG_TAIL),
+        prompt=prompt,
+    )
+
+
+def held_out_ids(model: Model) -> NDArray[np.int64]:
+    """The held-out text as one stream of token ids."""
+    fast = FastTokenizer.from_str(ensure_tokenizer_json(model.tokenizer))
+    fast.no_truncation()
+    ids = [fast.encode(text, add_special_tokens=False).ids for text in evaluation_text()]
+    return np.array([token for text in ids for token in text], np.int64)
+
+
+def _cut(stream: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:
+    available = len(stream) // length
+    if available < count:
+        raise ModelError(
+            "the held-out text is too short for the recipe's evaluation",
+            expected=f"{count} sequences of {length} tokens",
+            found=f"{available}",
+            mend="Lower verify.text in the recipe.",
+        )
+    return stream[: count * length].reshape(count, length)
+
+
+def _special_texts(model: Model) -> Iterator[str]:
+    """Each special token inside ordinary text, with and without spaces around it."""
+    special = [
+        token.text
+        for token in model.tokenizer.tokens
+        if token.type in (TokenType.CONTROL, TokenType.USER_DEFINED) and token.text
+    ]
+    for text in special[:_MAX_SPECIAL_TEXTS]:
+        yield f"{text}one {text}two{text} three\n{text}\n"
+
+
+def _transformers_ids(
+    source: Source, texts: Sequence[str], folder: Path, threads: int
+) -> tuple[tuple[int, ...], ...] | None:
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    request, result = folder / "texts.json", folder / "ids.json"
+    request.write_text(json.dumps(list(texts)), encoding="utf-8")
+    arguments = [str(source.folder), str(request), str(result)]
+    failure = run_child("tundish.reference_tokenizer", arguments, folder / "ids.log", 300, threads).failure
+    if failure:
+        raise ModelError("transformers cannot read this tokenizer", where=str(source.folder), found=failure)
+    return tuple(tuple(ids) for ids in json.loads(result.read_text(encoding="utf-8")))
+
+
+def _reference_logits(
+    model: Model, sequences: NDArray[np.int64], folder: Path, stem: str, tail: int | None = None
+) -> tuple[Path, ...]:
+    """Save float32 logits [length or tail, vocab] of each sequence; the head runs on one sequence at a time."""
+    head = model.graph.nodes[-1]
+    hidden = interpret(model.graph, sequences, stop_at=head.inputs[0])
+    weight = read_float32(model.graph.weights[head.op.weights[0]].source)
+    paths = []
+    for index, states in enumerate(hidden):
+        path = folder / f"{stem}-{index}.npy"
+        np.save(path, states[-tail if tail else None :] @ weight.T)
+        paths.append(path)
+    return tuple(paths)
+
+
+# ---- one artifact ----
+
+
+def _verify_target(
+    model: Model,
+    source: Source,
+    recipe: Recipe,
+    exporter: Exporter,
+    artifact: Path,
+    digests: Mapping[str, str],
+    reference: Reference,
+    scratch: Path,
+    threads: int,
+) -> TargetResult:
+    folder = scratch / exporter.target
+    folder.mkdir()
+    settings = recipe.verify.for_target(exporter.target)
+    sequences = reference.sequences[: settings.text.sequences, : settings.text.length]
+    np.save(folder / "sequences.npy", sequences)
+    if reference.long_sequences is not None:
+        np.save(folder / "long.npy", reference.long_sequences)
+    request = Request(
+        target=exporter.target,
+        artifact=str(artifact),
+        source=str(source.folder),
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        folder=str(folder),
+        texts=list(reference.texts),
+        sequences=str(folder / "sequences.npy"),
+        long_sequences=None if reference.long_sequences is None else str(folder / "long.npy"),
+        tail=LONG_TAIL,
+        prompt=reference.prompt,
+        max_tokens=settings.answer.max_tokens,
+    )
+    (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
+    ending = run_child(
+        "tundish.worker", [str(folder / "request.json")], folder / "log.txt", settings.time_limit, threads
+    )
+    events = _read_events(folder / "events.jsonl")
+    gates = settings.gates
+    results: list[Gate] = []
+    if ending.failure:
+        results.append(Gate("runtime", False, detail=f"the runtime process {ending.failure}"))
+    else:
+        results.append(Gate("runtime", True, detail="opened, ran and closed"))
+    divergence = None
+    if "codes" in events and gates.codes_equal:
+        results.append(_codes_gate(digests, events["codes"]["digests"]))
+    if "tokens" in events and gates.tokens_equal:
+        results.append(_tokens_gate(reference, events["tokens"]["ids"]))
+    semantics = exporter.semantics(model, recipe.targets[exporter.target])
+    if "logits" in events:
+        divergence = _divergence(reference.logits, sequences, folder, "logits")
+        if semantics.exact_from <= sequences.shape[1] <= semantics.exact_to:
+            results += _logit_gates(gates, divergence)
+        else:
+            results.append(_outside(divergence, sequences.shape[1], semantics))
+    if "answer" in events and gates.stops:
+        answer = events["answer"]
+        detail = f"{len(answer['token_ids'])} tokens: {answer['text'].strip()!r}"
+        results.append(Gate("stops", answer["stopped"], detail=detail))
+    if "long" in events and reference.long_sequences is not None and gates.longrope_boundary:
+        results.append(_long_gate(gates, reference, folder, semantics))
+    return TargetResult(
+        exporter.target,
+        tuple(results),
+        events.get("open", {}).get("versions", {}),
+        divergence,
+        events.get("answer", {}).get("text"),
+    )
+
+
+def _read_events(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {event["step"]: event for event in map(json.loads, lines)}
+
+
+def _codes_gate(expected: Mapping[str, str], found: Mapping[str, str]) -> Gate:
+    differing = sorted(name for name in expected if found.get(name) != expected[name])
+    extra = sorted(set(found) - set(expected))
+    detail = f"{len(expected)} matrices equal bit for bit"
+    if differing or extra:
+        detail = f"{len(differing)} of {len(expected)} matrices differ: " + ", ".join((differing + extra)[:4])
+    return Gate("codes", not differing and not extra, float(len(differing) + len(extra)), 0.0, detail)
+
+
+def _tokens_gate(reference: Reference, found: Sequence[Sequence[int]]) -> Gate:
+    if reference.token_ids is None:
+        return Gate("tokens", None, detail="transformers is not installed, so there is no reference")
+    pairs = list(zip(reference.texts, reference.token_ids, found, strict=True))
+    wrong = [(text, list(expected), list(ids)) for text, expected, ids in pairs if list(expected) != list(ids)]
+    detail = f"{len(pairs)} texts equal"
+    if wrong:
+        text, expected, ids = wrong[0]
+        pairs_of_ids = zip(expected, ids, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs_of_ids) if a != b), min(len(expected), len(ids)))
+        detail = (
+            f"{len(wrong)} of {len(pairs)} texts differ; the first is {text[:60]!r}, from token {at} on: "
+            f"expected {expected[at : at + 6]}, found {ids[at : at + 6]}"
+        )
+    return Gate("tokens", not wrong, float(len(wrong)), 0.0, detail)
+
+
+def _divergence(logits: Sequence[Path], sequences: NDArray[np.int64], folder: Path, stem: str) -> Divergence:
+    def pairs() -> Iterator[tuple[F32, F32, NDArray[np.int64]]]:
+        for index, ids in enumerate(sequences):
+            found: F32 = np.load(folder / f"{stem}-{index}.npy", mmap_mode="r")
+            expected: F32 = np.load(logits[index], mmap_mode="r")[: len(found)]
+            following = np.append(ids[1:], -1)[-len(found) :]
+            yield expected, found, following
+
+    return compare_logits(pairs())
+
+
+def _logit_gates(gates: Gates, divergence: Divergence) -> list[Gate]:
+    detail = f"{divergence.positions} positions"
+    top1 = None if gates.top1 is None else -gates.top1
+    return [
+        Gate("kl", _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail),
+        Gate("top1", _at_most(-divergence.top1, top1), divergence.top1, gates.top1, detail),
+    ]
+
+
+def _at_most(figure: float, threshold: float | None) -> bool | None:
+    """Whether a gate is kept; NaN never is. None where the recipe sets no threshold: measured, not judged."""
+    return None if threshold is None else figure <= threshold
+
+
+def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
+    detail = f"not judged at {length} tokens: the artifact claims {semantics.exact_from} to {semantics.exact_to}"
+    return Gate("kl", None, divergence.kl_mean, detail=detail)
+
+
+def _long_gate(gates: Gates, reference: Reference, folder: Path, semantics: Semantics) -> Gate:
+    assert reference.long_sequences is not None
+    divergence = _divergence(reference.long_logits, reference.long_sequences, folder, "long")
+    length = reference.long_sequences.shape[1]
+    name = "kl past the LongRoPE boundary"
+    if not semantics.exact_from <= length <= semantics.exact_to:
+        return Gate(name, None, divergence.kl_mean, detail=_outside(divergence, length, semantics).detail)
+    detail = f"last {divergence.positions} positions of {length}"
+    return Gate(name, _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail)

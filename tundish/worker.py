@@ -1,0 +1,91 @@
+"""The child process of verification: opens one artifact in its runtime and writes down what it does.
+
+    python -m tundish.worker REQUEST.json
+
+Everything goes into the request's folder: events.jsonl, a line as each step ends, and logits as .npy files. The parent
+reads what is there even if this process crashed or was killed midway.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.source import Source
+from exporters.base import Target
+from exporters.registry import EXPORTERS
+from tundish.digest import MatrixDigest
+from tundish.model import open_model
+from tundish.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the child is asked. Paths are strings since it travels as JSON.
+
+    `sequences` and `long_sequences` name .npy files of i64[n, length]; of long ones only the last `tail` positions'
+    logits are written.
+    """
+
+    target: str
+    artifact: str
+    source: str
+    recipe: dict[str, Any]
+    folder: str
+    texts: list[str]
+    sequences: str
+    long_sequences: str | None
+    tail: int
+    prompt: str | None
+    max_tokens: int
+
+
+def run(request: Request) -> None:
+    """Do every step in order; an exception ends the process and its message is the parent's to read."""
+    folder, artifact = Path(request.folder), Path(request.artifact)
+    exporter = EXPORTERS[Target(request.target)]
+    recipe = Recipe.model_validate(request.recipe)
+    options = recipe.targets[exporter.target]
+
+    def emit(step: str, **result: object) -> None:
+        with (folder / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write(json.dumps({"step": step, **result}) + "\n")
+
+    model = open_model(Source(request.source, Path(request.source), None, None), recipe)
+    digests = {}
+    for name, values in exporter.read_back(artifact, model):
+        digest = MatrixDigest()
+        digest.update(values)
+        digests[name] = digest.hexdigest()
+    emit("codes", digests=digests)
+    runtime = exporter.open(artifact, options)
+    emit("open", versions=package_versions(exporter.runtime_requires))
+    emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
+    for index, ids in enumerate(np.load(request.sequences)):
+        np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
+    emit("logits")
+    if request.prompt is not None:
+        answer = runtime.answer(request.prompt, request.max_tokens)
+        emit("answer", **asdict(answer))
+    if request.long_sequences is not None:
+        for index, ids in enumerate(np.load(request.long_sequences)):
+            logits = runtime.logits(ids.tolist())[-request.tail :]
+            np.save(folder / f"long-{index}.npy", logits.astype(np.float32, copy=False))
+        emit("long")
+
+
+def package_versions(modules: tuple[str, ...]) -> dict[str, str]:
+    """Versions of the distributions that provide the modules."""
+    providers = importlib.metadata.packages_distributions()
+    names = sorted({name for module in modules for name in providers.get(module.split(".")[0], [])})
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+if __name__ == "__main__":
+    run(Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
