@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters.checkpoint import read_float32
-from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight
+from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
 from converters.ops import OPS
 from converters.quantize.tensor import F32
 
@@ -19,17 +19,23 @@ def read_weight(weight: Weight) -> F32:
 
 
 def interpret(
-    graph: Graph, token_ids: NDArray[np.int64], read: Callable[[Weight], F32] = read_weight, stop_at: str = LOGITS
+    graph: Graph,
+    token_ids: NDArray[np.int64],
+    read: Callable[[Weight], F32] = read_weight,
+    stop_at: str = LOGITS,
+    observe: Callable[[Node, Sequence[np.ndarray]], None] = lambda node, inputs: None,
 ) -> F32:
     """Logits f32[batch, length, vocab] for token_ids i64[batch, length], or the value named `stop_at`.
 
     Weights are read as they are needed and let go at once: memory holds one weight and the live activations. `read`
-    chooses the numbers: the checkpoint's, or dequantized ones to see what a scheme costs.
+    chooses the numbers: the checkpoint's, or dequantized ones to see what a scheme costs. `observe` is shown every node
+    with its inputs, which it must not change.
     """
     values: dict[str, np.ndarray] = {TOKEN_IDS: token_ids}
     last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     for index, node in enumerate(graph.nodes):
         inputs = [values[name] for name in node.inputs]
+        observe(node, inputs)
         weights = [read(graph.weights[name]) for name in node.op.weights]
         values[node.name] = OPS[type(node.op)].reference(node.op, inputs, weights)
         if node.name == stop_at:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from typing import Any
 import numba
 
 from converters.errors import GateError, UsageError
+from converters.quantize.importance import random_token_importance
+from converters.quantize.tensor import F32
 from converters.source import Source, resolve_source, source_digest
-from exporters.base import Target
+from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
 from tundish.manifest import build_manifest, file_record, verification_record
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.plan import Plan, make_plan, require_resources
 from tundish.pour import disk_errors, pour
 from tundish.publish import MANIFEST, REPORT, publish, require_replaceable, staging
-from tundish.recipe import Recipe, load_recipe
+from tundish.recipe import CalibrationSource, Recipe, load_recipe
 from tundish.report import write_report
 from tundish.verify import TargetResult, verify
 
@@ -92,8 +94,9 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     plan = make_plan(model, recipe, EXPORTERS)
     require_resources(plan, out)
     with staging(out) as folder:
+        importance = calibrate(model, recipe, watcher)
         watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-        digests = pour(model.graph, plan.layouts, folder, watcher.advance)
+        digests = pour(model.graph, plan.layouts, folder, watcher.advance, importance)
         with disk_errors(out):
             manifest = build_manifest(source, model, recipe, plan, folder, digests)
             write_manifest(folder, manifest)
@@ -108,6 +111,15 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
         publish(folder, out)
     watcher.say(f"written: {out}")
     return manifest
+
+
+def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F32]:
+    """Importance of each matrix's columns, as the recipe's calibration asks; empty without, or where all is floats."""
+    settings = recipe.calibration
+    if settings.source is CalibrationSource.NONE or not any(w.scheme.is_integer for w in model.graph.weights.values()):
+        return {}
+    watcher.say(f"calibrating: the model reads {settings.tokens} random tokens")
+    return random_token_importance(model.graph, settings.tokens, settings.seed)
 
 
 def require_gates(results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:

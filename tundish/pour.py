@@ -14,6 +14,7 @@ import numpy as np
 from converters.errors import ResourceError
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
+from converters.quantize.tensor import F32
 from exporters.base import Layout, Place, Target
 from tundish.digest import MatrixDigest
 
@@ -41,11 +42,12 @@ def pour(
     layouts: Mapping[Target, Layout],
     folder: Path,
     advance: Callable[[int], None] = lambda elements: None,
+    importance: Mapping[str, F32] | None = None,
 ) -> dict[str, str]:
     """Write every artifact into folder/<target> and return the digest of each matrix's canonical values.
 
     Verification reads the artifacts back and expects the same digests. `advance` is called with the number of elements
-    done.
+    done. `importance` is f32[in] by weight name, where the quantizer shall know it.
     """
     digests: dict[str, str] = {}
     with disk_errors(folder), ExitStack() as stack:
@@ -60,7 +62,7 @@ def pour(
                 for target, layout in layouts.items()
                 for place in layout.places[weight.name]
             ]
-            digest = _pour_weight(weight, places, advance)
+            digest = _pour_weight(weight, places, (importance or {}).get(weight.name), advance)
             if len(weight.shape) > 1:
                 digests[weight.name] = digest
         for target, layout in layouts.items():
@@ -71,10 +73,12 @@ def pour(
     return digests
 
 
-def _pour_weight(weight: Weight, places: list[tuple[int, Place]], advance: Callable[[int], None]) -> str:
+def _pour_weight(
+    weight: Weight, places: list[tuple[int, Place]], importance: F32 | None, advance: Callable[[int], None]
+) -> str:
     digest = MatrixDigest()
     for start, stop in row_blocks(weight, (place for _, place in places)):
-        tensor = quantize_rows(weight, start, stop)
+        tensor = quantize_rows(weight, start, stop, importance)
         digest.update(dequantize(tensor))
         for file, place in places:
             packed = np.ascontiguousarray(place.pack(tensor)).reshape(-1).view(np.uint8)

@@ -128,6 +128,21 @@ class Schemes(_Part):
         return self.overrides.get(role, self.default)
 
 
+class CalibrationSource(StrEnum):
+    """What the model is shown so that the quantizer learns which input columns matter."""
+
+    NONE = "none"
+    RANDOM_TOKENS = "random-tokens"
+
+
+class Calibration(_Part):
+    """How the quantizer weighs errors. `random-tokens` needs no text: see converters.quantize.importance."""
+
+    source: CalibrationSource = CalibrationSource.NONE
+    tokens: Count = 128
+    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+
+
 class Evaluation(_Part):
     """Held-out text for KL and top-1: so many sequences of so many tokens."""
 
@@ -151,7 +166,9 @@ class Gates(_Part):
     top1: Fraction | None = Field(
         default=None, description="lowest share of positions with the interpreter's first choice"
     )
-    tokens_equal: Flag = Field(default=True, description="token ids equal to the reference tokenizer's")
+    tokens: Fraction = Field(
+        default=0.0, description="highest share of texts whose token ids differ from the reference tokenizer's"
+    )
     codes_equal: Flag = Field(default=True, description="weights read back from the artifact equal what was quantized")
     stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
     longrope_boundary: Flag = Field(
@@ -171,7 +188,7 @@ class GatesOverride(_Part):
 
     kl: Nats | None = None
     top1: Fraction | None = None
-    tokens_equal: Flag | None = None
+    tokens: Fraction | None = None
     codes_equal: Flag | None = None
     stops: Flag | None = None
     longrope_boundary: Flag | None = None
@@ -235,6 +252,7 @@ class Recipe(_Part):
     model: ModelSource
     context: Count | Literal["full"] = Field(description="context length in tokens, at most the model's; or 'full'")
     schemes: Schemes
+    calibration: Calibration = Calibration()
     targets: Annotated[
         Mapping[Target, SerializeAsAny[TargetOptions]],
         Field(min_length=1),

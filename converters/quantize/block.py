@@ -12,8 +12,11 @@ from converters.quantize.scheme import NumberType, Scheme
 from converters.quantize.tensor import F32, FloatArray, QuantTensor, Tensor
 
 
-def quantize_rows(weight: Weight, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) under the weight's scheme; ModelError names a tensor with NaN, Inf or too large values."""
+def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None = None) -> Tensor:
+    """Rows [start, stop) under the weight's scheme; ModelError names a tensor with NaN, Inf or too large values.
+
+    importance: f32[in] of the weight's columns, for integer schemes.
+    """
     rows = weight.source.read(start, stop)
     values = rows.astype(np.float32, copy=False)
     if not np.isfinite(values).all():
@@ -27,7 +30,7 @@ def quantize_rows(weight: Weight, start: int, stop: int) -> Tensor:
             mend="The checkpoint is damaged or its training diverged: download it again or use another.",
         )
     if weight.scheme.is_integer:
-        return quantize_rtn(values, weight.scheme)
+        return quantize_rtn(values, weight.scheme, importance)
     return _cast(weight, values, weight.scheme)
 
 

@@ -5,6 +5,9 @@ candidate rounds the group to integers u = code - zero; the best scale for these
 squared error <w, w> - <w, u>^2 / <u, u>, so the candidate with the largest <w, u>^2 / <u, u> wins. The scale is then
 refitted to its own codes, stored in fp16, and the codes are rounded against the stored scale.
 
+The products are weighted by the importance of each input column where one is given: with the column's mean square, the
+error that counts is that of the layer's output (as if inputs were uncorrelated), not of the weights.
+
 Groups are laid out as vector lanes: every sum runs over one lane in a fixed order, so the result does not depend on
 vector width, thread count or how a matrix is cut into blocks of rows.
 """
@@ -30,17 +33,21 @@ _STEPS_8BIT = np.arange(-4, 5, dtype=np.float32) / 2
 _SPANS = np.arange(70, 106, 3, dtype=np.float32) / 100
 
 
-def quantize_rtn(weight: F32, scheme: Scheme) -> QuantTensor:
-    """Quantize rows f32[out, in] of a matrix; `in` must be a multiple of the scheme's group size."""
+def quantize_rtn(weight: F32, scheme: Scheme, importance: F32 | None = None) -> QuantTensor:
+    """Quantize rows f32[out, in] of a matrix; `in` must be a multiple of the scheme's group size.
+
+    importance: f32[in], positive: how much an error in each column counts. None: all the same.
+    """
     rows, width = weight.shape
     group = scheme.group_size_for(width)
     assert scheme.is_integer and width % group == 0, (scheme.name, weight.shape)
     groups = weight.reshape(-1, group)
+    counts = np.ones((1, group), np.float32) if importance is None else importance.reshape(-1, group)
     if scheme.symmetric:
-        scale, zero = _search_symmetric(groups, scheme.bits)
+        scale, zero = _search_symmetric(groups, counts, scheme.bits)
         stored = _as_fp16(scale)
     else:
-        scale, zero = _search_asymmetric(groups, scheme.bits)
+        scale, zero = _search_asymmetric(groups, counts, scheme.bits)
         stored = _as_fp16(_round_significand(scale))
     low = 1 if scheme.symmetric and scheme.bits == 8 else 0  # -128 is left out, as in Q8_0
     codes = _round_codes(groups, stored.astype(np.float32), zero, low, (1 << scheme.bits) - 1)
@@ -68,7 +75,7 @@ def _round_significand(scale: F32) -> F32:
     return rounded
 
 
-def _search_symmetric(groups: F32, bits: int) -> tuple[F32, U8]:
+def _search_symmetric(groups: F32, counts: F32, bits: int) -> tuple[F32, U8]:
     """Signed scales f32[groups] and the implied zeros. The extreme value may land on either end of the range."""
     end = np.float32(8 if bits == 4 else 127)
     steps = end + (_STEPS_4BIT if bits == 4 else _STEPS_8BIT)
@@ -79,11 +86,11 @@ def _search_symmetric(groups: F32, bits: int) -> tuple[F32, U8]:
     np.divide(ends[:, None], extreme[None, :], out=inverse, where=np.abs(extreme)[None, :] > _TINY)
     zero = np.full(len(groups), 1 << (bits - 1), np.uint8)
     zeros = np.broadcast_to(zero, inverse.shape)
-    scale, _ = _search(groups, inverse, zeros, 1 if bits == 8 else 0, (1 << bits) - 1)
+    scale, _ = _search(groups, counts, inverse, zeros, 1 if bits == 8 else 0, (1 << bits) - 1)
     return scale, zero
 
 
-def _search_asymmetric(groups: F32, bits: int) -> tuple[F32, U8]:
+def _search_asymmetric(groups: F32, counts: F32, bits: int) -> tuple[F32, U8]:
     """Positive scales f32[groups] and integer zeros u8[groups]."""
     top = (1 << bits) - 1
     low, high = np.minimum(groups.min(axis=1), 0), np.maximum(groups.max(axis=1), 0)
@@ -93,12 +100,18 @@ def _search_asymmetric(groups: F32, bits: int) -> tuple[F32, U8]:
     # The zero that keeps the middle of the range in the middle of the codes, and its two neighbours.
     middle = np.rint(np.float32(top / 2) - (high + low)[None, :] / 2 * inverse)
     zeros = np.concatenate([np.clip(middle + offset, 0, top) for offset in (-1, 0, 1)]).astype(np.uint8)
-    return _search(groups, np.concatenate([inverse] * 3), zeros, 0, top)
+    return _search(groups, counts, np.concatenate([inverse] * 3), zeros, 0, top)
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _search(groups: F32, inverse: F32, zeros: U8, low: int, top: int) -> tuple[F32, U8]:  # pragma: no cover
-    """Best scale and zero of each group: groups f32[n, size], inverse f32[candidates, n], zeros u8[candidates, n]."""
+def _search(
+    groups: F32, counts: F32, inverse: F32, zeros: U8, low: int, top: int
+) -> tuple[F32, U8]:  # pragma: no cover
+    """Best scale and zero of each group.
+
+    groups f32[n, size]; counts f32[m, size], group g has the importances counts[g % m]; inverse f32[candidates, n] and
+    zeros u8[candidates, n] are what to try.
+    """
     n, size = groups.shape
     scale = np.zeros(n, np.float32)
     zero = np.zeros(n, np.uint8)
@@ -106,9 +119,12 @@ def _search(groups: F32, inverse: F32, zeros: U8, low: int, top: int) -> tuple[F
         start = tile * _LANES
         lanes = min(_LANES, n - start)
         w = np.zeros((size, _LANES), np.float32)
+        count = np.ones((size, _LANES), np.float32)
         for lane in range(lanes):
+            row = (start + lane) % counts.shape[0]
             for j in range(size):
                 w[j, lane] = groups[start + lane, j]
+                count[j, lane] = counts[row, j]
         inv = np.zeros(_LANES, np.float32)
         least = np.zeros(_LANES, np.float32)
         most = np.zeros(_LANES, np.float32)
@@ -122,7 +138,7 @@ def _search(groups: F32, inverse: F32, zeros: U8, low: int, top: int) -> tuple[F
                 inv[lane] = inverse[candidate, start + lane]
                 least[lane] = np.float32(low) - np.float32(zeros[candidate, start + lane])
                 most[lane] = np.float32(top) - np.float32(zeros[candidate, start + lane])
-            _fit(w, inv, least, most, num, den)
+            _fit(w, count, inv, least, most, num, den)
             for lane in range(lanes):
                 gain = num[lane] * num[lane] / den[lane] if den[lane] > 0 else np.float32(0)
                 if gain > best[lane]:
@@ -135,7 +151,7 @@ def _search(groups: F32, inverse: F32, zeros: U8, low: int, top: int) -> tuple[F
         for _ in range(_REFITS):
             for lane in range(lanes):
                 inv[lane] = np.float32(1) / best_scale[lane] if best_scale[lane] != 0 else np.float32(0)
-            _fit(w, inv, least, most, num, den)
+            _fit(w, count, inv, least, most, num, den)
             for lane in range(lanes):
                 if den[lane] > 0:
                     best_scale[lane] = num[lane] / den[lane]
@@ -146,8 +162,8 @@ def _search(groups: F32, inverse: F32, zeros: U8, low: int, top: int) -> tuple[F
 
 
 @njit(cache=True, nogil=True)
-def _fit(w: F32, inv: F32, least: F32, most: F32, num: F32, den: F32) -> None:  # pragma: no cover
-    """num = <w, u>, den = <u, u> of each lane, u = clamp(round(w * inv), least, most); w f32[size, lanes]."""
+def _fit(w: F32, count: F32, inv: F32, least: F32, most: F32, num: F32, den: F32) -> None:  # pragma: no cover
+    """num = <w, u>, den = <u, u> of each lane, u = clamp(round(w * inv), least, most); w and count f32[size, lanes]."""
     for lane in range(_LANES):
         num[lane] = 0
         den[lane] = 0
@@ -155,8 +171,9 @@ def _fit(w: F32, inv: F32, least: F32, most: F32, num: F32, den: F32) -> None:  
         for lane in range(_LANES):
             u = (w[j, lane] * inv[lane] + _ROUND) - _ROUND
             u = min(max(u, least[lane]), most[lane])
-            num[lane] += w[j, lane] * u
-            den[lane] += u * u
+            counted = count[j, lane] * u
+            num[lane] += w[j, lane] * counted
+            den[lane] += u * counted
 
 
 @njit(cache=True, parallel=True, nogil=True)

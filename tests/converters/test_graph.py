@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,32 +13,10 @@ from converters.graph import Graph, Node, Weight, infer_shapes
 from converters.interpret import interpret
 from converters.ops import Add, Embedding, Linear
 from converters.quantize.scheme import FP16
-from converters.quantize.tensor import F32, FloatArray
 from converters.role import Role
+from tests.converters.arrays import ArraySource
 
 CONFIG = ModelConfig("llama", 5, 4, 4, 1, 1, 1, 4, 1e-5, Rope(RopeKind.DEFAULT, 1e4, 4), 16, None, True, None, (), None)
-
-
-@dataclass(frozen=True)
-class Given:
-    """A source that already has its numbers."""
-
-    array: F32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    @property
-    def location(self) -> tuple[str, int]:
-        return "", 0
-
-    def read(self, start: int, stop: int) -> FloatArray:
-        return self.array[start:stop]
 
 
 TABLE = np.arange(20, dtype=np.float32).reshape(5, 4)
@@ -49,7 +27,7 @@ GRAPH = Graph(
         Node("doubled", Add(), ("embedded", "embedded")),
         Node("logits", Linear(("table",)), ("doubled",)),
     ),
-    {"table": Weight("table", Role.EMBEDDING, None, Given(TABLE))},
+    {"table": Weight("table", Role.EMBEDDING, None, ArraySource(TABLE))},
     {},
 )
 

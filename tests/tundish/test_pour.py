@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +16,13 @@ from converters.errors import ModelError, ResourceError
 from converters.graph import Graph, Weight
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import SCHEMES
-from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor, Tensor
+from converters.quantize.tensor import F32, U8, QuantTensor, Tensor
 from converters.role import Role
 from exporters.base import BigFile, Layout, Place, Target
+from tests.converters.arrays import ArraySource
 from tundish import pour as pour_module
 from tundish.digest import MatrixDigest
 from tundish.pour import pour, row_blocks
-
-
-@dataclass(frozen=True)
-class Source:
-    values: F32
-    location: tuple[str, int] = ("", 0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        return self.values.dtype
-
-    def read(self, start: int, stop: int) -> FloatArray:
-        return self.values[start:stop]
-
 
 CONFIG = ModelConfig(
     "phi3", 8, 64, 64, 1, 1, 1, 64, 1e-5, Rope(RopeKind.DEFAULT, 1e4, 64), 16, None, True, None, (), None
@@ -48,7 +31,7 @@ CONFIG = ModelConfig(
 
 def graph_of(**matrices: F32) -> Graph:
     scheme = SCHEMES["int4_g32"]
-    weights = {name: Weight(name, Role.MLP_UP, 0, Source(values), scheme) for name, values in matrices.items()}
+    weights = {name: Weight(name, Role.MLP_UP, 0, ArraySource(values), scheme) for name, values in matrices.items()}
     return Graph(CONFIG, (), weights, {})
 
 
@@ -102,7 +85,7 @@ def test_blocks_respect_the_multiple() -> None:
     weight = graph_of(w=np.zeros((10, 64), np.float32)).weights["w"]
     places = [Place("f", 0, 1, codes_of, 4), Place("f", 0, 1, codes_of, 6)]
     assert list(row_blocks(weight, places)) == [(0, 10)]
-    big = replace(weight, source=Source(np.zeros((100_000, 64), np.float32)))
+    big = replace(weight, source=ArraySource(np.zeros((100_000, 64), np.float32)))
     starts = [start for start, _ in row_blocks(big, places)]
     assert len(starts) == 2 and starts[1] % 12 == 0
 

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -55,7 +56,8 @@ def tiny_llama() -> LlamaForCausalLM:
         num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1000.0, max_position_embeddings=64,
         initializer_range=0.2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data.uniform_(0.5, 2.0)
@@ -166,7 +168,8 @@ def test_phi3_checkpoint_computes_what_the_llama_model_did(
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
     monkeypatch.setattr(Phi3RMSNorm, "forward", norm)
     sample_model.write_checkpoint(tiny_gguf, tmp_path, seed=3)
-    phi3, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    phi3, info = loaded
     assert isinstance(phi3, Phi3ForCausalLM)
     assert not any(info.values())
     tokens = torch.arange(3, 63)[None]

@@ -17,16 +17,9 @@ from converters.passes.assign import assign_schemes
 from converters.quantize.scheme import SCHEMES, scheme_named
 from converters.role import Role
 from exporters.gguf.exporter import EXPORTER, FILE
-from tests.exporters.gguf.models import (
-    BASE,
-    CONFIGS,
-    LONGROPE,
-    layout_of,
-    model_of,
-    random_graph,
-    stored_values,
-    write_artifact,
-)
+from tests.exporters.gguf.models import CONFIGS, ORIGINAL, layout_of, write_artifact
+from tests.exporters.oracle import canonical
+from tests.exporters.tiny_graphs import BASE, longrope, model_of, random_graph
 
 OPTIONS = EXPORTER.options()
 
@@ -48,7 +41,7 @@ def test_read_back_gives_the_canonical_matrices(scheme: str, name: str, tmp_path
     found = dict(EXPORTER.read_back(artifact, model))
     assert set(found) == {name for name, weight in graph.weights.items() if len(weight.shape) == 2}
     for weight, rows in found.items():
-        assert np.array_equal(rows, stored_values(graph.weights[weight])), weight
+        assert np.array_equal(rows, canonical(graph.weights[weight])), weight
 
 
 def test_read_back_names_a_missing_tensor(tmp_path: Path) -> None:
@@ -133,7 +126,7 @@ def test_metadata_of_a_longrope_model(tmp_path: Path) -> None:
     assert types["blk.0.attn_qkv.weight"] == GGMLQuantizationType.Q4_0
     assert types["blk.0.attn_norm.weight"] == GGMLQuantizationType.F32
     factors = next(tensor for tensor in file.tensors if tensor.name == "rope_factors_long.weight")
-    assert np.array_equal(factors.data, np.array(LONGROPE.long_factors, np.float32))
+    assert np.array_equal(factors.data, np.array(longrope(ORIGINAL, 12).long_factors, np.float32))
 
 
 def test_a_model_published_as_greedy_has_no_sampling_defaults(tmp_path: Path) -> None:

@@ -22,30 +22,16 @@ from exporters.base import Semantics
 from exporters.gguf.context import CONTEXT_MULTIPLE, allocated_context
 from exporters.gguf.exporter import EXPORTER, FILE
 from exporters.gguf.runtime import BATCH, LlamaCpp
-from tests.exporters.gguf.models import (
-    BASE,
-    CONFIGS,
-    ORIGINAL,
-    model_of,
-    random_graph,
-    stored_values,
-    with_long_factors,
-    write_artifact,
-)
+from tests.exporters.gguf.models import CONFIGS, ORIGINAL, with_long_factors, write_artifact
+from tests.exporters.oracle import canonical, divergences
+from tests.exporters.tiny_graphs import BASE, model_of, random_graph
 
 OPTIONS = EXPORTER.options()
 
 
 def divergence(expected: F32, found: F32) -> float:
     """The largest KL divergence of any position, in nats."""
-    p, q = (_log_softmax(logits) for logits in (expected, found))
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
-
-
-def _log_softmax(logits: F32) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    normalized: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normalized
+    return float(divergences(expected, found).max())
 
 
 def token_ids(length: int) -> NDArray[np.int64]:
@@ -102,7 +88,7 @@ def test_quantized_artifacts_compute_with_the_stored_numbers(scheme: str, name: 
     graph = assign_schemes(random_graph(CONFIGS[name]), scheme_named(scheme), {})
     runtime = opened(graph, tmp_path)
     ids = token_ids(40)
-    expected = interpret(graph, ids, stored_values)[0]
+    expected = interpret(graph, ids, canonical)[0]
     # llama.cpp rounds activations to the type that its kernels multiply with: fp16, bf16, or int8 in groups of 32.
     limit = {"fp16": 1e-4, "bf16": 5e-3}.get(scheme, 2e-2)
     assert divergence(expected, runtime.logits(ids[0].tolist())) < limit

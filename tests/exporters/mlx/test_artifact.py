@@ -20,7 +20,9 @@ from exporters.mlx.exporter import EXPORTER  # noqa: E402
 from exporters.mlx.runtime import MlxRuntime  # noqa: E402
 from exporters.options import MlxOptions  # noqa: E402
 from tests.converters.tiny_models import VARIANTS  # noqa: E402
-from tests.exporters.mlx.artifacts import canonical, export, make_model, random_ids, reference_logits  # noqa: E402
+from tests.exporters.mlx.artifacts import export  # noqa: E402
+from tests.exporters.oracle import canonical, random_ids, reference_logits  # noqa: E402
+from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
 FP32 = MlxOptions(activations=Activations.FP32)
 
@@ -37,8 +39,8 @@ def context_of(name: str) -> int | None:
 def assert_same_logits(model: Model, folder: Path, lengths: tuple[int, ...], tolerance: float) -> None:
     runtime = EXPORTER.open(folder, FP32)
     for length in lengths:
-        ids = random_ids(model, length)
-        found, expected = runtime.logits(ids), reference_logits(model, ids)
+        ids = random_ids(model.graph, length)
+        found, expected = runtime.logits(ids), reference_logits(model.graph, ids)
         assert found.dtype == np.float32
         assert np.abs(expected).max() > 1, "logits too small to prove anything"
         assert np.abs(found - expected).max() <= tolerance, f"{length} tokens"
@@ -115,7 +117,7 @@ def test_a_sharded_artifact_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert files == {path.name for path in folder.glob("*.safetensors")} and len(files) > 3
-    ids = random_ids(model, 4)
+    ids = random_ids(model.graph, 4)
     assert np.array_equal(EXPORTER.open(folder, FP32).logits(ids), EXPORTER.open(whole, FP32).logits(ids))
 
 

@@ -19,7 +19,7 @@ from exporters.base import Activations, Model
 from exporters.mlx.exporter import EXPORTER, split_shards
 from exporters.mlx.modules import StoredTensor, find_modules, stored_tensors
 from exporters.options import MlxOptions
-from tests.exporters.mlx.artifacts import make_model
+from tests.exporters.tiny_checkpoints import make_model
 
 PHI35 = Path(__file__).parents[2] / "data" / "configs" / "phi-3.5-mini-instruct"
 

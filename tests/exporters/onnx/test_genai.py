@@ -27,8 +27,9 @@ from tests.converters.tiny_tokenizers import (  # noqa: E402
     write_byte_level,
     write_sentencepiece,
 )
-from tests.exporters.gguf.models import random_graph  # noqa: E402
-from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, expected_logits, wide, write_artifact  # noqa: E402
+from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, write_artifact  # noqa: E402
+from tests.exporters.oracle import reference_logits  # noqa: E402
+from tests.exporters.tiny_graphs import random_graph  # noqa: E402
 
 
 def sentencepiece_json(folder: Path, phi3: bool) -> ModelConfig:
@@ -77,7 +78,7 @@ def test_greedy_answer_crosses_the_longrope_boundary(tmp_path: Path) -> None:
     """Each token is the most likely one, by the interpreter, up to the boundary; then generation goes on."""
     source = tmp_path / "checkpoint"
     config = write_byte_level(source, LLAMA3)
-    model = model_with(source, config, rope=wide(LONG, 16))
+    model = model_with(source, config, rope=LONG)
     artifact = write_artifact(model, tmp_path)
     runtime = EXPORTER.open(artifact, OnnxOptions())
     prompt = "The quick brown fox jumps over the lazy dog. "
@@ -86,7 +87,7 @@ def test_greedy_answer_crosses_the_longrope_boundary(tmp_path: Path) -> None:
     assert answer.stopped or len(answer.token_ids) == 60
     checked = [*ids, *answer.token_ids][:ORIGINAL]
     assert len(checked) == ORIGINAL
-    expected = expected_logits(model.graph, checked)
+    expected = reference_logits(model.graph, checked)
     best = np.argmax(expected, axis=-1)[len(ids) - 1 : -1]
     assert checked[len(ids) :] == best.tolist()
 
@@ -98,7 +99,7 @@ def test_every_stop_id_stops(which: int, tmp_path: Path) -> None:
     model = model_with(source, config)
     prompt = "Hello there"
     ids = transformers.AutoTokenizer.from_pretrained(source)(prompt, add_special_tokens=False)["input_ids"]
-    first = int(np.argmax(expected_logits(model.graph, ids)[-1]))
+    first = int(np.argmax(reference_logits(model.graph, ids)[-1]))
     stops = (first, 7) if which == 0 else (7, first)
     model = replace(model, tokenizer=replace(model.tokenizer, eos_ids=stops))
     answer = EXPORTER.open(write_artifact(model, tmp_path), OnnxOptions()).answer(prompt, 20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,7 +60,10 @@ def test_round_trip(seed: int, rows: int, groups: int, size: int, bits: int, asy
         assert np.array_equal(pack.dequantize(codes, scales, stored, width, bits), tensor.dequantize())
 
 
-def run(op_type: str, feeds: dict[str, np.ndarray], weights: dict[str, np.ndarray], **attributes: int) -> np.ndarray:
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def run(op_type: str, feeds: Arrays, weights: Arrays, attributes: dict[str, Any]) -> np.ndarray[Any, Any]:
     """The output of one com.microsoft operator with constant weights."""
     names = [*feeds, *weights]
     if op_type == "GatherBlockQuantized":
@@ -72,7 +77,7 @@ def run(op_type: str, feeds: dict[str, np.ndarray], weights: dict[str, np.ndarra
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, feeds)
+    result: np.ndarray[Any, Any] = session.run(None, feeds)[0]
     return result
 
 
@@ -82,17 +87,21 @@ def run(op_type: str, feeds: dict[str, np.ndarray], weights: dict[str, np.ndarra
 def test_onnxruntime_reads_the_same_numbers(bits: int, groups: int, size: int, asymmetric: bool) -> None:
     rows, width = 24, groups * size
     tensor = random_tensor(7, rows, groups, size, bits, asymmetric)
-    weights = {"codes": pack.pack_codes(tensor).reshape(rows, groups, -1), "scales": tensor.scale.astype(np.float32)}
+    weights: Arrays = {
+        "codes": pack.pack_codes(tensor).reshape(rows, groups, -1),
+        "scales": tensor.scale.astype(np.float32),
+    }
     if asymmetric:
         weights["zeros"] = pack.pack_zeros(tensor, size).reshape(rows, -1)
     expected = tensor.dequantize()
+    blocks = {"bits": bits, "block_size": size}
     x = np.random.default_rng(1).normal(size=(1, 3, width)).astype(np.float32)
-    found = run("MatMulNBits", {"x": x}, weights, K=width, N=rows, bits=bits, block_size=size)
+    found = run("MatMulNBits", {"x": x}, weights, blocks | {"K": width, "N": rows})
     assert np.allclose(found[0], x[0] @ expected.T, atol=1e-4)
     weights["codes"] = weights["codes"].reshape(rows, -1)
     ids = np.arange(rows, dtype=np.int64)[None]
     axes = {"gather_axis": 0, "quantize_axis": 1}
-    gathered = run("GatherBlockQuantized", {"ids": ids}, weights, bits=bits, block_size=size, **axes)
+    gathered = run("GatherBlockQuantized", {"ids": ids}, weights, blocks | axes)
     assert np.array_equal(gathered[0], expected)
 
 

@@ -15,19 +15,20 @@ from exporters.base import Activations, Model
 from exporters.onnx.exporter import EXPORTER
 from exporters.onnx.settings import resolve_settings
 from exporters.options import ExecutionProvider, OnnxOptions
-from tests.exporters.gguf.models import random_graph
-from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, graph_of, layout_of, model_of, wide
+from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, graph_of, layout_of
+from tests.exporters.tiny_graphs import model_of, random_graph
 
 CPU, DML = OnnxOptions(), OnnxOptions(execution_provider=ExecutionProvider.DML)
 
 
 def longrope(original: int, context: int) -> Model:
-    rope = replace(wide(LONG, 16), original_context=original)
+    rope = replace(LONG, original_context=original)
     return model_of(random_graph(replace(SMALL, rope=rope, context_length=context, num_layers=1)))
 
 
 def config_of(model: Model, options: OnnxOptions = CPU) -> dict[str, dict[str, object]]:
-    return json.loads(layout_of(model, options).small["genai_config.json"])
+    config: dict[str, dict[str, object]] = json.loads(layout_of(model, options).small["genai_config.json"])
+    return config
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,9 @@ from exporters.openvino.exporter import EXPORTER  # noqa: E402
 from exporters.openvino.runtime import EXACT  # noqa: E402
 from exporters.options import OpenvinoDevice, OpenvinoOptions  # noqa: E402
 from tests.converters.tiny_models import ORIGINAL_CONTEXT, VARIANTS  # noqa: E402
-from tests.exporters.openvino.artifacts import (  # noqa: E402
-    make_model,
-    random_ids,
-    reference_logits,
-    write_artifact,
-)
+from tests.exporters.openvino.artifacts import write_artifact  # noqa: E402
+from tests.exporters.oracle import random_ids, reference_logits  # noqa: E402
+from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
 NPU = OpenvinoOptions(devices=(OpenvinoDevice.CPU, OpenvinoDevice.NPU))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -82,7 +79,7 @@ def test_an_answer_stops_at_a_stop_token(tmp_path):
     assert max(ids) < model.graph.config.vocab_size
     said: list[int] = []
     while len(said) < 4:
-        said.append(int(reference_logits(model, ids + said)[-1].argmax()))
+        said.append(int(reference_logits(model.graph, ids + said)[-1].argmax()))
     stop = next(token for at, token in enumerate(said) if at and token not in said[:at])
     changed = replace(model.graph, config=replace(model.graph.config, eos_token_ids=(stop,)))
     stopping = EXPORTER.open(write_artifact(replace(model, graph=changed), tmp_path / "stop"), OpenvinoOptions())
@@ -117,9 +114,9 @@ def test_optimum_intel_opens_the_folder(tmp_path):
     model = make_model("phi3_medium_gqa", tmp_path, "int4_g32")
     folder = write_artifact(model, tmp_path)
     loaded = optimum.OVModelForCausalLM.from_pretrained(folder, ov_config=dict(EXACT))
-    ids = random_ids(model, 15)
+    ids = random_ids(model.graph, 15)
     logits = loaded(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 15, dtype=torch.int64)).logits
-    assert np.abs(logits.numpy()[0] - reference_logits(model, ids)).max() < 1e-3
+    assert np.abs(logits.numpy()[0] - reference_logits(model.graph, ids)).max() < 1e-3
 
 
 def test_semantics_say_where_the_factors_change(tmp_path):

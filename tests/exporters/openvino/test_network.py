@@ -24,16 +24,9 @@ from exporters.openvino.runtime import EXACT  # noqa: E402
 from exporters.openvino.storage import Matrix, Stored, plan_matrices  # noqa: E402
 from exporters.options import OpenvinoOptions  # noqa: E402
 from tests.converters.tiny_models import ORIGINAL_CONTEXT, VARIANTS  # noqa: E402
-from tests.exporters.openvino.artifacts import (  # noqa: E402
-    canonical,
-    compile_network,
-    make_model,
-    random_ids,
-    reference_logits,
-    step,
-    write_artifact,
-    write_network,
-)
+from tests.exporters.openvino.artifacts import compile_network, step, write_artifact, write_network  # noqa: E402
+from tests.exporters.oracle import canonical, random_ids, reference_logits  # noqa: E402
+from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
 INTEGER_SCHEMES = ("int4_g32", "int4_asym_g32", "int8_g32", "int8_channel")
 
@@ -43,17 +36,17 @@ def test_logits_equal_the_interpreters(name, tmp_path):
     model = make_model(name, tmp_path)
     runtime = EXPORTER.open(write_network(model, tmp_path), OpenvinoOptions())
     for length in VARIANTS[name].lengths:
-        ids = random_ids(model, length)
-        assert np.abs(runtime.logits(ids) - reference_logits(model, ids)).max() < 1e-4, length
+        ids = random_ids(model.graph, length)
+        assert np.abs(runtime.logits(ids) - reference_logits(model.graph, ids)).max() < 1e-4, length
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "bf16", *INTEGER_SCHEMES])
 def test_stored_weights_are_the_canonical_ones(scheme, tmp_path):
     model = make_model("phi4_mini", tmp_path, scheme)
     folder = write_network(model, tmp_path)
-    ids = random_ids(model, 20)
+    ids = random_ids(model.graph, 20)
     found = EXPORTER.open(folder, OpenvinoOptions()).logits(ids)
-    assert np.abs(found - reference_logits(model, ids)).max() < 1e-4
+    assert np.abs(found - reference_logits(model.graph, ids)).max() < 1e-4
     read = dict(EXPORTER.read_back(folder, model))
     matrices = {name: weight for name, weight in model.graph.weights.items() if weight.role is not Role.NORM}
     assert read.keys() == matrices.keys()
@@ -67,10 +60,10 @@ def test_stacked_weights_of_different_schemes_are_stored_apart(tmp_path):
     names = [matrix.name for matrix in plan_matrices(model.graph)]
     assert "blocks.0.attn_v" in names
     assert "blocks.0.qkv" not in names
-    ids = random_ids(model, 12)
+    ids = random_ids(model.graph, 12)
     folder = write_network(model, tmp_path)
     found = EXPORTER.open(folder, OpenvinoOptions()).logits(ids)
-    assert np.abs(found - reference_logits(model, ids)).max() < 1e-4
+    assert np.abs(found - reference_logits(model.graph, ids)).max() < 1e-4
     for name, values in EXPORTER.read_back(folder, model):
         assert np.array_equal(values, canonical(model.graph.weights[name])), name
 
@@ -126,23 +119,23 @@ def test_the_cpu_plugin_keeps_weights_compressed_and_fuses_the_blocks(scheme, ki
 @pytest.mark.parametrize("name", ["phi3_medium_gqa", "phi3_window", "llama3_2", "mistral"])
 def test_decoding_step_by_step_equals_prefill(name, tmp_path):
     model = make_model(name, tmp_path)
-    ids = random_ids(model, 24)  # below LongRoPE's boundary, beyond the windows
+    ids = random_ids(model.graph, 24)  # below LongRoPE's boundary, beyond the windows
     request = compile_network(write_network(model, tmp_path)).create_infer_request()
     parts = [step(request, [ids[:10]], 0)] + [step(request, [[ids[at]]], at) for at in range(10, 24)]
-    assert np.abs(np.concatenate(parts, axis=1)[0] - reference_logits(model, ids)).max() < 1e-4
+    assert np.abs(np.concatenate(parts, axis=1)[0] - reference_logits(model.graph, ids)).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["phi4_mini", "phi3_window"])
 def test_a_padded_row_of_a_batch_is_computed_like_alone(name, tmp_path):
     model = make_model(name, tmp_path)
-    short, long = random_ids(model, 13), random_ids(model, 18)
+    short, long = random_ids(model.graph, 13), random_ids(model.graph, 18)
     request = compile_network(write_network(model, tmp_path)).create_infer_request()
     rows = [[0] * 5 + short, long]
     prefill = step(request, [row[:16] for row in rows], 0, masked=5)
     tail = step(request, [row[16:] for row in rows], 16, masked=5)
     found = np.concatenate([prefill, tail], axis=1)
-    assert np.abs(found[0, 5:] - reference_logits(model, short)).max() < 1e-4
-    assert np.abs(found[1] - reference_logits(model, long)).max() < 1e-4
+    assert np.abs(found[0, 5:] - reference_logits(model.graph, short)).max() < 1e-4
+    assert np.abs(found[1] - reference_logits(model.graph, long)).max() < 1e-4
 
 
 def test_a_context_within_the_original_one_needs_no_switch(tmp_path):
@@ -150,9 +143,9 @@ def test_a_context_within_the_original_one_needs_no_switch(tmp_path):
     folder = write_network(model, tmp_path)
     assert 'type="Select"' in (folder / XML).read_text()  # the mask's
     assert (folder / XML).read_text().count('type="ReduceMax"') == 0
-    ids = random_ids(model, ORIGINAL_CONTEXT)
+    ids = random_ids(model.graph, ORIGINAL_CONTEXT)
     found = EXPORTER.open(folder, OpenvinoOptions()).logits(ids)
-    assert np.abs(found - reference_logits(model, ids)).max() < 1e-4
+    assert np.abs(found - reference_logits(model.graph, ids)).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -207,13 +200,13 @@ def test_the_pipeline_generates_what_the_interpreter_would(name, length, backend
     """Paged attention replaces mask and cache on load: windows and LongRoPE must survive that."""
     model, folder = whole_artifacts(name)
     pipeline = genai.LLMPipeline(folder, "CPU", ATTENTION_BACKEND=backend, **EXACT)
-    prompt = random_ids(model, length)
+    prompt = random_ids(model.graph, length)
     inputs = genai.TokenizedInputs(ov.Tensor(np.array([prompt], np.int64)), ov.Tensor(np.ones((1, length), np.int64)))
     settings = genai.GenerationConfig(max_new_tokens=8, do_sample=False, ignore_eos=True)
     (found,) = pipeline.generate(inputs, settings).tokens
     ids = list(prompt)
     for _ in range(8):
-        ids.append(int(reference_logits(model, ids)[-1].argmax()))
+        ids.append(int(reference_logits(model.graph, ids)[-1].argmax()))
     assert found == ids[length:]
 
 

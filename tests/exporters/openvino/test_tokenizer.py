@@ -17,7 +17,7 @@ from converters.tokenizer import read_tokenizer  # noqa: E402
 from exporters.openvino.config import config_json  # noqa: E402
 from exporters.openvino.tokenizer import DETOKENIZER, TOKENIZER, convert_tokenizer, tokenizer_files  # noqa: E402
 from tests.converters import tiny_tokenizers  # noqa: E402
-from tests.exporters.openvino.artifacts import make_model  # noqa: E402
+from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
 
 def sentencepiece_json(folder: Path) -> ModelConfig:

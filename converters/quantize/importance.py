@@ -1,0 +1,51 @@
+"""How much each input column of a matrix matters, measured without any text.
+
+The interpreter runs the model on uniformly random token ids and takes the mean square of every Linear's input, column
+by column. Random tokens are no language, but the channels that a model drives hard are the same for any input, and they
+are what round-to-nearest gets wrong: llama.cpp's importance matrix does the same with text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from converters.errors import ModelError
+from converters.graph import Graph, Node
+from converters.interpret import interpret
+from converters.ops import Linear
+from converters.quantize.tensor import F32
+
+# Part of the mean that every column gets at least, so that one which random tokens leave silent keeps its numbers.
+_FLOOR = 0.01
+
+
+def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F32]:
+    """Importance f32[in] of each matrix that a Linear uses, by weight name, with mean 1 and a small floor.
+
+    ModelError names the node if the model's values are not finite.
+    """
+    token_ids = np.random.default_rng(seed).integers(0, graph.config.vocab_size, (1, tokens))
+    importance: dict[str, F32] = {}
+
+    def observe(node: Node, inputs: Sequence[np.ndarray]) -> None:
+        if not isinstance(node.op, Linear):
+            return
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        square = np.mean(np.square(rows, dtype=np.float64), axis=0)
+        mean = square.mean()
+        if not np.isfinite(mean) or mean == 0:
+            raise ModelError(
+                "the model computes no finite values on random tokens",
+                where=f"input of {node.name}",
+                found="NaN or Inf" if mean else "zeros only",
+                mend="The checkpoint is damaged: download it again or use another.",
+            )
+        counts = (square / mean + _FLOOR).astype(np.float32)
+        for name in node.op.weights:
+            importance[name] = counts
+
+    head = graph.nodes[-1]
+    observe(head, [interpret(graph, token_ids, stop_at=head.inputs[0], observe=observe)])
+    return importance
