@@ -163,7 +163,7 @@ class Exporter(Protocol):
         ...
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
-        """How this artifact treats LongRoPE, sliding windows and the context limit."""
+        """How this artifact treats LongRoPE, windows and the context limit, and what else is known to differ."""
         ...
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:

@@ -36,6 +36,8 @@ TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Onl
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
+_SIGNALLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
@@ -45,9 +47,10 @@ def main() -> None:
     except TundishError as error:
         print(f"tundish: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("tundish: interrupted; nothing was published.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ending:
+        if ending.code in _SIGNALLED:  # for SIGINT by typer, which turns KeyboardInterrupt into this status
+            print("tundish: interrupted; nothing was published.", file=sys.stderr)
+        raise
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -107,7 +110,7 @@ def plan(
             for target, layout in made.layouts.items()
         },
         "disk": made.disk,
-        "peak_memory": made.memory,
+        "peak_memory": dict(made.phases),
     }
     show(document, as_json, _plan_text)
 
@@ -270,7 +273,8 @@ def _plan_text(document: dict[str, Any]) -> str:
     for target, entry in document["targets"].items():
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
         parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
-    parts.append(f"disk: {document['disk']:,} bytes; peak memory of the pour: about {document['peak_memory']:,} bytes")
+    peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())
+    parts.append(f"disk: {document['disk']:,} bytes\npeak memory, about: {peaks} bytes, the verifying runtimes aside")
     return "\n\n".join(parts)
 
 

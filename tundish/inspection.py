@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.checkpoint import open_checkpoint
-from converters.errors import UsageError
+from converters.errors import ModelError, TundishError, UsageError
 from exporters.base import Target, TensorRow
 from exporters.registry import EXPORTERS
 from tundish.plan import require_modules
@@ -52,4 +52,14 @@ def _is_mlx(folder: Path) -> bool:
 def _artifact_rows(target: Target, folder: Path) -> list[TensorRow]:
     exporter = EXPORTERS[target]
     require_modules(exporter)
-    return list(exporter.tensors(folder))
+    try:
+        return list(exporter.tensors(folder))
+    except TundishError:
+        raise
+    except Exception as error:  # each container's own reader raises what it likes over a damaged file
+        raise ModelError(
+            "the weight files cannot be read",
+            where=str(folder),
+            found=next(iter(str(error).splitlines()), "") or type(error).__name__,
+            mend="It is damaged or incomplete: download or build it again.",
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,16 +13,18 @@ from pathlib import Path
 import psutil
 
 from converters.errors import ResourceError, UsageError
-from converters.graph import Graph, Weight
+from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
 from converters.passes.assign import requested_scheme
 from exporters.base import Exporter, Layout, Model, Semantics, Target
 from tundish.pour import BLOCK_ELEMENTS
-from tundish.recipe import Recipe
+from tundish.recipe import CalibrationSource, Recipe
+from tundish.verify import evaluation_shape, long_length
 
 # A block's float32 rows, its copies while it is quantized and packed, and the candidate table of the scale search
 # (int4 symmetric, the widest: 54 candidates of 4 bytes and 1 zero for each group of 32).
 _BYTES_PER_BLOCK_ELEMENT = 24
 _PROGRAM_BYTES = 400 << 20  # the interpreter, numpy, numba's compiled kernels and a container's SDK
+_LIVE_ACTIVATIONS = 4
 _MANIFEST_BYTES = 1 << 20  # manifest.json and report.md, generously
 
 
@@ -44,18 +47,17 @@ class Plan:
     rows: tuple[Row, ...]
     semantics: Mapping[Target, Semantics]
     disk: int
-    memory: int
+    phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
+
+    @property
+    def memory(self) -> int:
+        """The largest of the phases."""
+        return max(self.phases.values())
 
     @property
     def elements(self) -> int:
         """Numbers to quantize: the unit of the pour's progress."""
-        total = 0
-        for row in self.rows:
-            count = 1
-            for size in row.shape:
-                count *= size
-            total += count
-        return total
+        return sum(math.prod(row.shape) for row in self.rows)
 
 
 def make_plan(model: Model, recipe: Recipe, exporters: Mapping[Target, Exporter]) -> Plan:
@@ -73,8 +75,26 @@ def make_plan(model: Model, recipe: Recipe, exporters: Mapping[Target, Exporter]
     small = sum(len(data) for layout in layouts.values() for data in layout.small.values())
     fixed = sum(len(data) for layout in layouts.values() for big in layout.big.values() for _, data in big.fixed)
     widest = max(weight.shape[-1] for weight in graph.weights.values())
-    memory = _PROGRAM_BYTES + small + fixed + max(BLOCK_ELEMENTS, widest) * _BYTES_PER_BLOCK_ELEMENT
-    return Plan(layouts, rows, semantics, disk, memory)
+    held = _PROGRAM_BYTES + small + fixed
+    phases = {"pour": held + max(BLOCK_ELEMENTS, widest) * _BYTES_PER_BLOCK_ELEMENT}
+    if recipe.calibration.source is not CalibrationSource.NONE:
+        phases["calibration"] = held + _interpreter_bytes(graph, recipe.calibration.tokens)
+    if recipe.verify.enabled:
+        sequences, length = evaluation_shape(recipe, model.context_length)
+        tokens = max(sequences * length, long_length(model) or 0)
+        logits = tokens // sequences * graph.config.vocab_size * 4  # of one sequence at a time
+        phases["reference"] = held + _interpreter_bytes(graph, tokens) + logits
+    return Plan(layouts, rows, semantics, disk, phases)
+
+
+def _interpreter_bytes(graph: Graph, tokens: int) -> int:
+    """What the interpreter holds at most: one node's weights in float32 beside a copy as stored, its input and output,
+    the residual, and a few temporaries of an activation."""
+    weights = max(
+        sum(math.prod(graph.weights[name].shape) for name in node.op.weights) for node in graph.nodes if node.op.weights
+    )
+    features = max(shape[-1] for name, shape in infer_shapes(graph, 1, 1).items() if name not in (TOKEN_IDS, LOGITS))
+    return weights * 6 + tokens * features * 4 * _LIVE_ACTIVATIONS
 
 
 def _row(graph: Graph, weight: Weight, recipe: Recipe, layouts: Mapping[Target, Layout]) -> Row:

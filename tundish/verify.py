@@ -123,17 +123,13 @@ def _not_verified(target: Target, missing: Sequence[str], recipe: Recipe) -> Tar
 
 def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, threads: int) -> Reference:
     """Token ids, held-out sequences and their float32 logits."""
-    settings = [recipe.verify.for_target(target).text for target in recipe.targets]
     texts = (*TOKEN_CORPUS, *_special_texts(model))
-    length = min(max(text.length for text in settings), model.context_length)
-    count = max(text.sequences for text in settings)
     stream = held_out_ids(model)
-    sequences = _cut(stream, count, length)
+    sequences = _cut(stream, *evaluation_shape(recipe, model.context_length))
     long_sequences = None
-    rope = model.graph.config.rope
-    if rope.kind is RopeKind.LONGROPE and model.context_length > rope.original_context:
-        long_length = min(rope.original_context + LONG_TAIL, model.context_length)
-        long_sequences = _cut(np.resize(stream, max(len(stream), long_length)), 1, long_length)
+    beyond = long_length(model)
+    if beyond is not None:
+        long_sequences = _cut(np.resize(stream, max(len(stream), beyond)), 1, beyond)
     prompt = None
     if model.tokenizer.chat_template is not None:
         prompt = render_chat(model.tokenizer, [{"role": "user", "content": recipe.verify.answer.prompt}])
@@ -148,6 +144,20 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
         else _reference_logits(model, long_sequences, folder, "long-reference", LONG_TAIL),
         prompt=prompt,
     )
+
+
+def evaluation_shape(recipe: Recipe, context: int) -> tuple[int, int]:
+    """How many sequences of how many held-out tokens serve every target of the recipe."""
+    settings = [recipe.verify.for_target(target).text for target in recipe.targets]
+    return max(text.sequences for text in settings), min(max(text.length for text in settings), context)
+
+
+def long_length(model: Model) -> int | None:
+    """The length of the sequence past the LongRoPE boundary; None if the context ends before it."""
+    rope = model.graph.config.rope
+    if rope.kind is not RopeKind.LONGROPE or model.context_length <= rope.original_context:
+        return None
+    return min(rope.original_context + LONG_TAIL, model.context_length)
 
 
 def held_out_ids(model: Model) -> NDArray[np.int64]:

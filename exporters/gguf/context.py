@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from converters.config import RopeKind
 from exporters.base import Model, Semantics
+from exporters.gguf.vocab import known_differences
 
 CONTEXT_MULTIPLE = 256  # llama-context.cpp rounds a context up to this
 
 
 def semantics(model: Model) -> Semantics:
     """At which lengths llama.cpp, opened with the file's own context, computes what the model computes.
+
+    Where its tokenizer is known to differ from the model's, the sentence says so too.
 
     llama_model::get_rope_factors selects LongRoPE's factors by the allocated context, not by the length of the
     sequence. The phi3 and llama architectures have no sliding window (llama.cpp pull request 13676).
@@ -26,6 +29,7 @@ def semantics(model: Model) -> Semantics:
             f"llama.cpp ignores the model's sliding window of {window} tokens: longer sequences get full attention"
         )
         exact_to = window
+    parts += (sentence.removesuffix(".") for sentence in known_differences(model.tokenizer))
     return Semantics("; ".join(parts) + ".", exact_from, exact_to)
 
 
