@@ -108,7 +108,9 @@ def test_shipped_recipe(model: str, name: str) -> None:
         assert type(options) is OPTIONS[target]
         gates = recipe.verify.for_target(target).gates
         assert gates.kl is not None and gates.top1 is not None
-        assert gates.tokens == 0 and gates.codes_equal and gates.stops and gates.longrope_boundary
+        inexact = model == "phi4-mini" and target is Target.GGUF  # its pre-tokenizer has no exact name in llama.cpp
+        assert gates.tokens == (0.05 if inexact else 0)
+        assert gates.codes_equal and gates.stops and gates.longrope_boundary
 
 
 def test_listing_has_distinct_descriptions_for_one_model() -> None:
