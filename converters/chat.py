@@ -17,6 +17,7 @@ from converters.errors import ModelError
 from converters.tokenizer import Tokenizer
 
 WHERE = "chat_template"
+MAX_SHOWN = 500  # characters of a template's own error message
 
 
 class _Generation(Extension):
@@ -40,7 +41,8 @@ def render_chat(
 
     The environment is transformers': the sandbox, trimmed blocks, loop controls, raise_exception, strftime_now, tojson,
     and the special tokens as variables. Raises ModelError if there is no template, or if it fails, refuses the messages
-    or reaches for Python objects.
+    or reaches for Python objects. There is no limit to the time and memory that a template takes: run foreign ones in a
+    process that has one.
     """
     if tokenizer.chat_template is None:
         raise ModelError(
@@ -54,26 +56,27 @@ def render_chat(
     variables = {name: tokenizer.tokens[index].text for name, index in special.items() if index is not None}
     try:
         template = _environment().from_string(tokenizer.chat_template)
-        return template.render(
+        prompt = template.render(
             messages=[dict(message) for message in messages],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
-    except TemplateError as error:
+        prompt.encode()  # a template can spell half of a surrogate pair, which no tokenizer takes
+    except Exception as error:
+        # A template is a program: its arithmetic, indexing and filters, or compiling it, raise anything.
         raise _broken(error) from error
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError) as error:
-        # What a template's own arithmetic, indexing or filters raise on the way.
-        raise _broken(error) from error
+    return prompt
 
 
 def _broken(error: Exception) -> ModelError:
     line = getattr(error, "lineno", None)
+    found = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
     return ModelError(
         "the chat template cannot be rendered",
         where=WHERE if line is None else f"{WHERE}, line {line}",
-        found=f"{type(error).__name__}: {error}",
+        found=found if len(found) <= MAX_SHOWN else found[:MAX_SHOWN] + "…",
         mend="The template comes with the model: see whether a newer revision of it has another one.",
     )
 

@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ModelError
-from converters.json_file import MAX_NBYTES, Json, parse_json, read_json
+from converters.json_file import MAX_NBYTES, Json, parse_json, read_json, regular_size
 from converters.quantize.tensor import F32, FloatArray
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_DIMS = 8  # far more than any weight has; a header must not make us multiply a million sizes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Safetensors dtype names of the floats that language models are published in.
@@ -131,7 +132,7 @@ def open_checkpoint(folder: Path) -> Mapping[str, LazyTensor]:
                 raise ModelError("tensor stored twice", where=name, expected="one shard", found=found)
             tensors[name] = tensor
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].path.name != Path(shard).name:
+        if name not in tensors or tensors[name].path != folder / shard:
             raise ModelError(
                 "index and shards disagree",
                 where=f"{INDEX}, tensor {name}",
@@ -149,7 +150,7 @@ def read_safetensors_header(path: Path) -> dict[str, LazyTensor]:
     or leave holes.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or (length <= MAX_NBYTES and size < 8 + length):
@@ -178,7 +179,8 @@ def _lazy_tensor(name: str, entry: Json, path: Path, data_start: int) -> LazyTen
     entry = entry if isinstance(entry, dict) else {}
     shape, offsets = _integers(entry.get("shape")), _integers(entry.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
-        raise ModelError("malformed safetensors header", where=where, expected="dtype, shape and data_offsets")
+        expected = f"dtype, shape (at most {MAX_DIMS} sizes) and data_offsets"
+        raise ModelError("malformed safetensors header", where=where, expected=expected)
     stored = entry.get("dtype")
     if not isinstance(stored, str) or stored not in DTYPES:
         raise ModelError(
@@ -196,9 +198,9 @@ def _lazy_tensor(name: str, entry: Json, path: Path, data_start: int) -> LazyTen
 
 
 def _integers(value: Json) -> tuple[int, ...] | None:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
         return None
-    result = tuple(each for each in value if isinstance(each, int) and not isinstance(each, bool) and each >= 0)
+    result = tuple(each for each in value if isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 2**63)
     return result if len(result) == len(value) else None
 
 
@@ -243,15 +245,22 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     """folder/name, if that lies in the folder; links may lead to the blobs of the Hub's cache, where snapshots lie."""
     path, root = folder / name, folder.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, ValueError: a NUL
+        mend = "Download the checkpoint again."
+        raise ModelError(
+            "impossible name of a checkpoint file", where=repr(name), found=str(error), mend=mend
+        ) from error
     roots = [root]
     if root.parent.name == "snapshots":  # models--org--name/snapshots/<commit>/file -> models--org--name/blobs/<hash>
         roots.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(each) for each in roots):
+    if not any(target.is_relative_to(each) for each in roots):
         raise ModelError(
             "checkpoint file lies outside of its folder",
             where=name,
             expected=f"a file in {folder}",
-            found=str(path.resolve()),
+            found=str(target),
             mend="Copy the file into the folder.",
         )
     return path

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TypeGuard
+
+import numpy as np
 
 from converters import config_keys
 from converters.errors import ModelError
@@ -15,6 +17,7 @@ from converters.generation import Generation, read_generation, token_id, token_i
 from converters.json_file import Json, read_json
 
 FILE = "config.json"
+MAX_INTEGER = 2**31 - 1  # containers and runtimes have 32 bits for sizes, contexts and ids
 
 
 class RopeKind(Enum):
@@ -85,14 +88,20 @@ class Keys:
 
     def fail(self, key: str, expected: str) -> ModelError:
         value = self.get(key)
-        found = "nothing" if value is None else f"{len(value)} values" if isinstance(value, list) else repr(value)
+        found = (
+            "nothing"
+            if value is None
+            else f"{len(value)} values"
+            if isinstance(value, list)
+            else config_keys.shown(value)
+        )
         where = f"{self.where}, key {key}"
         return ModelError("value missing or impossible", where=where, expected=expected, found=found)
 
     def integer(self, key: str, at_least: int = 1) -> int:
         value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise self.fail(key, f"an integer, {at_least} or above")
+        if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= MAX_INTEGER:
+            raise self.fail(key, f"an integer, {at_least} to {MAX_INTEGER}")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -100,8 +109,8 @@ class Keys:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self.fail(key, "a number above 0")
+        if not _is_positive(value):
+            raise self.fail(key, "a number above 0, in the range of float32")
         return float(value)
 
     def boolean(self, key: str) -> bool:
@@ -112,11 +121,17 @@ class Keys:
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         value = self.get(key)
-        values, largest = (value if isinstance(value, list) else []), sys.float_info.max
-        result = tuple(float(each) for each in values if isinstance(each, int | float) and 0 < each <= largest)
+        values = value if isinstance(value, list) else []
+        result = tuple(float(each) for each in values if _is_positive(each))
         if len(result) != count or len(values) != count:
-            raise self.fail(key, f"a list of {count} numbers above 0")
+            raise self.fail(key, f"a list of {count} numbers above 0, in the range of float32")
         return result
+
+
+def _is_positive(value: Json) -> TypeGuard[int | float]:
+    """Whether float32, which models compute in, holds the value as a positive and finite number."""
+    least, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= largest
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -133,7 +148,7 @@ def read_config(folder: Path) -> ModelConfig:
             "unsupported model family",
             where=f"{FILE}, key model_type",
             expected="one of " + ", ".join(config_keys.FAMILIES),
-            found=repr(family_name),
+            found=config_keys.shown(family_name),
             mend="Convert a model of a supported family.",
         )
     family = config_keys.FAMILIES[family_name]
@@ -225,8 +240,8 @@ def _rope_keys(keys: Keys) -> Keys:
                 raise ModelError(
                     "config.json contradicts itself",
                     where=f"{FILE}, key {key}",
-                    expected=f"{merged[key]!r}, as stated elsewhere in the file",
-                    found=f"{value!r} ({name})",
+                    expected=f"{config_keys.shown(merged[key])}, as stated elsewhere in the file",
+                    found=f"{config_keys.shown(value)} ({name})",
                 )
     return Keys(merged, keys.defaults, f"{FILE}, rope settings")
 
@@ -240,7 +255,7 @@ def _rope(family: str, keys: Keys, head_dim: int, context: int) -> Rope:
             "rotary embedding of this type is not supported",
             where=f"{FILE}, key rope_type",
             expected=f"one of {', '.join(allowed)} for {family}",
-            found=repr(name),
+            found=config_keys.shown(name),
             mend="Convert a model with one of these types.",
         )
     kind = RopeKind(name)

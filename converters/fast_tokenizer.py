@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import ModelError
-from converters.vocabulary import AddedToken, SpacePrefix, Token, TokenizerKind, TokenType, Vocabulary, with_added
+from converters.json_file import read_json
+from converters.vocabulary import (
+    SpacePrefix,
+    Token,
+    TokenizerKind,
+    TokenType,
+    Vocabulary,
+    added_token,
+    checked_id,
+    with_added,
+)
 
 SPACE = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -24,9 +34,8 @@ Json = dict[str, Any]  # parsed JSON of a foreign format: each field is checked 
 def read_fast_tokenizer(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.json. Raises ModelError if it is damaged or of an unsupported kind."""
     try:
-        root = json.loads(path.read_text(encoding="utf-8"))
-        return _vocabulary(root, path.name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _vocabulary(read_json(path), path.name)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             "the tokenizer file cannot be read",
             where=path.name,
@@ -68,8 +77,9 @@ def _vocabulary(root: Json, where: str) -> Vocabulary:
         names = ", ".join(step["type"] for step in pre_tokenizers) or "none"
         raise unsupported("pre-tokenizer", f"{names}, and no byte fallback", where)
     tokens = _tokens(model, kind, merges, where)
+    _check_merges(merges, model["vocab"], where)
     added = {
-        int(item["id"]): AddedToken(item["content"], item["special"], item["lstrip"], item["rstrip"])
+        checked_id(item["id"], f"{where}, added_tokens"): added_token(item, False, f"{where}, added_tokens")
         for item in root.get("added_tokens", [])
     }
     return Vocabulary(
@@ -95,9 +105,25 @@ def _flat(step: Json | None, children: str) -> list[Json]:
 
 def _merge(merge: str | list[str], where: str) -> tuple[str, str]:
     parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2:
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
         raise ModelError("a BPE merge is not a pair", where=where, found=repr(merge))
     return parts[0], parts[1]
+
+
+def _check_merges(merges: tuple[tuple[str, str], ...], vocab: Json, where: str) -> None:
+    """The tokenizers library refuses merges of what is no token, too."""
+    if not vocab or not merges:
+        raise ModelError("the tokenizer has no vocabulary or no merges", where=where, mend="Fetch the file again.")
+    for left, right in merges:
+        missing = [text for text in (left, right, left + right) if text not in vocab]
+        if missing:
+            raise ModelError(
+                "a BPE merge names a text that is no token",
+                where=where,
+                expected=f"{missing[0]!r} in the vocabulary",
+                found=f"a merge of {left!r} and {right!r}",
+                mend="Fetch the file again.",
+            )
 
 
 def _tokens(model: Json, kind: TokenizerKind, merges: tuple[tuple[str, str], ...], where: str) -> dict[int, Token]:
@@ -106,6 +132,7 @@ def _tokens(model: Json, kind: TokenizerKind, merges: tuple[tuple[str, str], ...
     lowest = -float(len(merges))
     tokens: dict[int, Token] = {}
     for text, index in model["vocab"].items():
+        checked_id(index, f"{where}, token {text!r}")
         if index in tokens:
             raise ModelError(
                 "two tokens have the same id", where=where, found=f"{tokens[index].text!r} and {text!r} with id {index}"
@@ -143,7 +170,10 @@ def _splits(steps: list[Json], where: str) -> tuple[tuple[str, ...], SpacePrefix
                 if (step["behavior"], step.get("invert", False)) not in {("Isolated", False), ("Removed", True)}:
                     raise unsupported("split", f"{step['behavior']}, invert {step.get('invert')}", where)
                 pattern = step["pattern"]
-                patterns.append(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"]))
+                regex = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+                if not isinstance(regex, str):
+                    raise TypeError("a regex that is no text")
+                patterns.append(regex)
             case "ByteLevel":
                 if step.get("use_regex", True):
                     patterns.append(GPT2_PATTERN)
@@ -184,6 +214,8 @@ def _affixes(processor: Json | None, where: str) -> tuple[tuple[str, ...], tuple
         if step["type"] == "TemplateProcessing":
             names = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
             middle = names.index(None)
+            if not all(isinstance(name, str) for name in (*names[:middle], *names[middle + 1 :])):
+                raise unsupported("post-processor", "a template whose special tokens have no name", where)
             return tuple(names[:middle]), tuple(names[middle + 1 :])
         if step["type"] != "ByteLevel":
             raise unsupported("post-processor", step["type"], where)

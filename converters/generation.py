@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converters.config_keys import shown
 from converters.errors import ModelError
 from converters.json_file import Json, read_json
 
@@ -22,12 +23,12 @@ class Generation:
     sampling: Mapping[str, float | int | bool] = field(default_factory=dict)
 
 
-# Sampling keys and the values that make sense for them.
-_SAMPLING: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "do_sample": (bool, "true or false"),
-    "temperature": ((int, float), "a number"),
-    "top_k": (int, "an integer"),
-    "top_p": ((int, float), "a number"),
+# Sampling keys, their type and the largest value that makes sense; the smallest is 0.
+_SAMPLING: dict[str, tuple[type | tuple[type, ...], float, str]] = {
+    "do_sample": (bool, True, "true or false"),
+    "temperature": ((int, float), 1e6, "a number from 0 to a million"),
+    "top_k": (int, 2**31 - 1, "an integer, 0 or above"),
+    "top_p": ((int, float), 1, "a number from 0 to 1"),
 }
 
 
@@ -38,13 +39,13 @@ def read_generation(folder: Path) -> Generation:
         return Generation()
     raw = read_json(path)
     sampling: dict[str, float | int | bool] = {}
-    for key, (kind, expected) in _SAMPLING.items():
+    for key, (kind, largest, expected) in _SAMPLING.items():
         value = raw.get(key)
         if value is None:
             continue
         number = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # True is an int to Python
-        if not number or not isinstance(value, int | float):
-            raise ModelError("impossible value", where=f"{FILE}, key {key}", expected=expected, found=repr(value))
+        if not number or not isinstance(value, int | float) or not 0 <= value <= largest:
+            raise ModelError("impossible value", where=f"{FILE}, key {key}", expected=expected, found=shown(value))
         sampling[key] = value
     return Generation(
         token_id(raw.get("bos_token_id"), f"{FILE}, key bos_token_id"),
@@ -59,7 +60,7 @@ def token_id(value: Json, where: str) -> int | None:
     if value is None or value == -1:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ModelError("impossible token id", where=where, expected="an id, 0 or above", found=repr(value))
+        raise ModelError("impossible token id", where=where, expected="an id, 0 or above", found=shown(value))
     return value
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+from collections import Counter
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +18,7 @@ MAX_NBYTES = 100_000_000  # the safetensors format's limit for a header; real co
 def read_json(path: Path) -> dict[str, Json]:
     """The object in a JSON file. ModelError if the file is missing, unreadable, too large or anything else."""
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         if size > MAX_NBYTES:
             raise ModelError(
                 "file is too large", where=path.name, expected=f"at most {MAX_NBYTES} bytes", found=f"{size}"
@@ -31,14 +33,25 @@ def read_json(path: Path) -> dict[str, Json]:
     return parse_json(data, path.name)
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a file. OSError if it is missing or something else, such as a pipe, which reading would wait for."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a file, but a folder, a pipe or a device")
+    return status.st_size
+
+
 def parse_json(data: bytes, where: str) -> dict[str, Json]:
-    """The object in `data`; ModelError if it is no strict UTF-8 JSON object, nests too deep or repeats a key."""
+    """The object in `data`; ModelError if it is no strict UTF-8 JSON object, nests too deep, repeats a key or
+    has half of a surrogate pair."""
     try:
         value: Json = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if b"\\u" in data:  # an escaped half of a surrogate pair is text that nobody can write
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         # The original traceback is a thousand frames that say nothing.
         raise ModelError("JSON is nested too deep", where=where, mend="Download the file again.") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
+    except ValueError as error:  # UnicodeError and JSONDecodeError among them
         raise ModelError("file is no valid JSON", where=where, found=str(error), mend="Download it again.") from error
     if not isinstance(value, dict):
         raise ModelError("file holds no JSON object", where=where, expected="{...}", found=type(value).__name__)
@@ -48,8 +61,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Json]:
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the key {repeated!r} twice in one object")
     return result
 

@@ -6,6 +6,7 @@ is a few simple messages, so that neither protobuf nor sentencepiece is needed t
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.model. Raises ModelError if it is damaged or not BPE with byte fallback."""
     try:
         return _vocabulary(path.read_bytes(), path.name)
-    except (IndexError, struct.error, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, IndexError, struct.error, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             "the SentencePiece model cannot be read",
             where=path.name,
@@ -55,13 +56,13 @@ def _vocabulary(data: bytes, where: str) -> Vocabulary:
             normalizer = dict(_fields(_message(value)))
     if not tokens:
         raise IndexError("no pieces")
-    model_type = trainer.get(TRAINER_MODEL_TYPE, 1)
+    model_type = _number(trainer.get(TRAINER_MODEL_TYPE, 1))
     if model_type != 2 or not trainer.get(TRAINER_BYTE_FALLBACK) or trainer.get(TRAINER_WHITESPACE_SUFFIX):
         raise ModelError(
             "this kind of SentencePiece model is not supported",
             where=where,
             expected="BPE with byte fallback and white space in front of words",
-            found=f"{MODEL_TYPES.get(int(str(model_type)), model_type)}"
+            found=f"{MODEL_TYPES.get(model_type, model_type)}"
             f"{'' if trainer.get(TRAINER_BYTE_FALLBACK) else ' without byte fallback'}"
             f"{' with white space at the end of words' if trainer.get(TRAINER_WHITESPACE_SUFFIX) else ''}",
         )
@@ -75,7 +76,15 @@ def _piece(data: bytes) -> Token:
     fields = dict(_fields(data))
     text = _message(fields[PIECE_TEXT]).decode()
     (score,) = struct.unpack("<f", _message(fields.get(PIECE_SCORE, b"\0\0\0\0")))
-    return Token(text, PIECE_TYPES[int(str(fields.get(PIECE_TYPE, 1)))], score)
+    if not math.isfinite(score):
+        raise ValueError(f"the score {score} of {text!r}")
+    return Token(text, PIECE_TYPES[_number(fields.get(PIECE_TYPE, 1))], score)
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError("a message where a number is expected")
+    return value
 
 
 def _message(value: object) -> bytes:
@@ -107,11 +116,11 @@ def _fields(data: bytes) -> Iterator[tuple[int, object]]:
 
 
 def _varint(data: bytes, offset: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):  # 64 bits are ten bytes at most
         byte = data[offset]
         offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, offset
-        shift += 7
+    raise IndexError(f"a number of more than ten bytes before byte {offset}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from converters.checkpoint import open_checkpoint
+from converters.config_keys import shown
 from converters.errors import ModelError, ResourceError, TundishError, UsageError
 
 # What a conversion reads: no pickles, no code, nothing in subfolders.
@@ -27,6 +29,7 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt",
 UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's second copy of the weights
 CONFIG = "config.json"
 
+_ENDPOINT = re.compile(r"https?://[^/\s]")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
@@ -49,12 +52,16 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     `revision` is a branch, tag or commit of a Hub id, its main branch by default. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME
     and HF_TOKEN work as huggingface_hub documents them. ModelError says what is missing and how to mend it.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission; the home folder of nobody
+        raise ModelError("no such folder", where=shown(model), found=str(error), mend=_RULE) from error
+    if is_folder:
         if revision is not None:
             raise UsageError("a folder has no revisions", where=model, found=f"revision {revision}")
         return _local(path)
-    if path.exists():
+    if exists:
         mend = "Give the folder of the checkpoint."
         raise ModelError("model is a file", where=model, expected="a checkpoint folder or a Hub id", mend=mend)
     if not _HUB_ID.fullmatch(model):
@@ -64,13 +71,14 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
 
 def source_digest(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that a conversion reads, by name: weights, configuration and tokenizer."""
-    names = {tensor.path.name for tensor in open_checkpoint(folder).values()}
-    names |= {path.name for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
-    names |= {name for name in ("tokenizer.model", "merges.txt") if (folder / name).exists()}
+    others = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja")]
+    others += [folder / name for name in ("tokenizer.model", "merges.txt")]
+    paths = {tensor.path for tensor in open_checkpoint(folder).values()}
+    paths |= {path for path in others if path.is_file()}  # no folder, pipe or link that leads nowhere
     digests: dict[str, str] = {}
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digests[os.path.relpath(path, folder)] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
@@ -85,6 +93,15 @@ def _local(path: Path) -> Source:
 
 def _download(repo_id: str, revision: str | None) -> Source:
     """config.json is fetched last: a snapshot that has one is whole, also when there is no Hub to compare it with."""
+
+    if not constants.HF_HUB_OFFLINE and not _ENDPOINT.match(constants.ENDPOINT):
+        raise UsageError(
+            "the Hub's address is invalid",
+            where="HF_ENDPOINT",
+            expected="http:// or https:// and a host",
+            found=repr(constants.ENDPOINT),
+            mend="Unset HF_ENDPOINT for huggingface.co, or set it to the address of a mirror.",
+        )
 
     def fetch(commit: str | None, wanted: list[str], unwanted: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted))

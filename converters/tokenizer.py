@@ -12,8 +12,7 @@ The record says what transformers (4.57) does with these files, as models are tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from converters.config import ModelConfig
 from converters.errors import ModelError
 from converters.fast_tokenizer import read_fast_tokenizer
+from converters.json_file import read_json
 from converters.sentencepiece_model import read_sentencepiece
 from converters.vocabulary import (
     AddedToken,
@@ -29,6 +29,8 @@ from converters.vocabulary import (
     TokenizerKind,
     TokenType,
     Vocabulary,
+    added_token,
+    checked_id,
     padded,
     with_added,
 )
@@ -89,6 +91,18 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     tokenizer files leave open. Raises ModelError for files that are missing, damaged, of an unsupported kind, or do
     not match the size.
     """
+    try:
+        return _record(folder, config)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "the tokenizer files cannot be read",
+            where=str(folder),
+            found=f"{type(error).__name__}: {error}",
+            mend="Fetch the tokenizer files of the model again.",
+        ) from error
+
+
+def _record(folder: Path, config: ModelConfig) -> Tokenizer:
     files = {name: folder / name for name in FILES if (folder / name).is_file()}
     settings = _read_json(files, "tokenizer_config.json")
     cls = str(settings.get("tokenizer_class") or CLASS_OF_FAMILY.get(config.family, "")).removesuffix("Fast")
@@ -98,6 +112,11 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     ids = {token.text: index for index, token in tokens.items()}
     rows = padded(tokens, config.vocab_size, where)
     bos, eos = _frame(vocabulary, settings, cls, names, where)
+    for text in (bos, eos):
+        if text is not None and text not in ids:
+            raise ModelError(
+                "the tokenizer puts a special token around texts that it does not have", where=where, found=repr(text)
+            )
     bos_id = ids.get(bos or names.get("bos_token", ""), config.bos_token_id)
     tokenizer = Tokenizer(
         kind=vocabulary.kind,
@@ -129,15 +148,7 @@ def _eos_ids(configured: Sequence[int], own: int | None) -> tuple[int, ...]:
 
 
 def _read_json(files: Mapping[str, Path], name: str) -> Json:
-    if name not in files:
-        return {}
-    try:
-        value = json.loads(files[name].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError("a tokenizer file is not valid JSON", where=name, found=str(error)) from error
-    if not isinstance(value, dict):
-        raise ModelError("a tokenizer file has no JSON object", where=name, found=type(value).__name__)
-    return value
+    return read_json(files[name]) if name in files else {}
 
 
 def _read_vocabulary(files: Mapping[str, Path], settings: Json, cls: str, folder: Path) -> tuple[Vocabulary, str]:
@@ -185,17 +196,17 @@ def _with_scores(vocabulary: Vocabulary, model: Vocabulary) -> Vocabulary:
 def _special_names(files: Mapping[str, Path], settings: Json, cls: str) -> dict[str, str]:
     """The text of bos_token, eos_token and so on. tokenizer_config.json goes before special_tokens_map.json, unless
     it is of the old kind without added_tokens_decoder."""
-    special = _read_json(files, "special_tokens_map.json")
-    layers = [special, settings] if "added_tokens_decoder" in settings else [settings, special]
+    layers = {"tokenizer_config.json": settings}
+    if "added_tokens_decoder" not in settings:
+        layers["special_tokens_map.json"] = _read_json(files, "special_tokens_map.json")
     names = dict(NAME_DEFAULTS.get(cls, {}))
-    if "added_tokens_decoder" in settings:
-        layers = [settings]
-    for layer in layers:
+    for file, layer in layers.items():
         for name in NAMES:
-            if name in layer:
-                value = layer[name]
-                names[name] = value["content"] if isinstance(value, dict) else value
-    return {name: text for name, text in names.items() if isinstance(text, str)}
+            if layer.get(name) not in (None, ""):
+                names[name] = added_token(layer[name], True, f"{file}, key {name}").text
+            elif name in layer:  # there is none
+                names.pop(name, None)
+    return names
 
 
 def _added_tokens(
@@ -205,16 +216,16 @@ def _added_tokens(
     ids = vocabulary.ids()
     added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in settings:
-        for key, item in settings["added_tokens_decoder"].items():
-            token = _added(item["content"], item, item.get("special", False))
+        for index, token in _decoder_rows(settings["added_tokens_decoder"]):
             # A token that has a name is special, unless the vocabulary has it as it is here.
-            if token.text in names.values() and not _is_same(vocabulary.tokens.get(int(key)), token):
+            if token.text in names.values() and not _is_same(vocabulary.tokens.get(index), token):
                 token = replace(token, special=True)
-            added[int(key)] = token
+            added[index] = token
     else:
         flags = _special_flags(files)
         for text, index in _read_json(files, "added_tokens.json").items():
-            added[index] = flags.get(text, AddedToken(text, text in names.values()))
+            new = flags.get(text) or added_token(text, text in names.values(), "added_tokens.json")
+            added[checked_id(index, f"added_tokens.json, token {text!r}")] = new
         for text, token in flags.items():
             if text in ids and vocabulary.tokens[ids[text]].type not in (TokenType.CONTROL, TokenType.USER_DEFINED):
                 added.setdefault(ids[text], token)
@@ -228,6 +239,16 @@ def _added_tokens(
     return added
 
 
+def _decoder_rows(rows: object) -> Iterator[tuple[int, AddedToken]]:
+    """Ids and tokens of added_tokens_decoder."""
+    where = "tokenizer_config.json, key added_tokens_decoder"
+    if not isinstance(rows, dict):
+        raise ModelError("malformed key", where=where, expected="an object", found=type(rows).__name__)
+    for key, item in rows.items():
+        index = int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else key
+        yield checked_id(index, where), added_token(item, False, f"{where}, id {key[:20]}")
+
+
 def _is_same(old: Token | None, new: AddedToken) -> bool:
     kind = TokenType.CONTROL if new.special else TokenType.USER_DEFINED
     return old is not None and (old.text, old.type, old.lstrip, old.rstrip) == (new.text, kind, new.lstrip, new.rstrip)
@@ -235,13 +256,14 @@ def _is_same(old: Token | None, new: AddedToken) -> bool:
 
 def _special_flags(files: Mapping[str, Path]) -> dict[str, AddedToken]:
     special = _read_json(files, "special_tokens_map.json")
-    items = [special[name] for name in NAMES if name in special] + special.get("additional_special_tokens", [])
-    tokens = (_added(i["content"], i, True) if isinstance(i, dict) else AddedToken(i, True) for i in items)
+    more = special.get("additional_special_tokens") or []
+    where = "special_tokens_map.json"
+    if not isinstance(more, list):
+        key = f"{where}, key additional_special_tokens"
+        raise ModelError("malformed key", where=key, expected="a list or null", found=type(more).__name__)
+    items = [special[name] for name in NAMES if special.get(name) not in (None, "")] + more
+    tokens = (replace(added_token(item, True, where), special=True) for item in items)
     return {token.text: token for token in tokens}
-
-
-def _added(text: str, item: Json, special: bool) -> AddedToken:
-    return AddedToken(text, special, item.get("lstrip", False), item.get("rstrip", False))
 
 
 def _frame(
@@ -266,12 +288,24 @@ def _frame(
 
 def _chat_template(files: Mapping[str, Path], settings: Json) -> str | None:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
+        try:
+            return files["chat_template.jinja"].read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError("the chat template is not UTF-8", where="chat_template.jinja", found=str(error)) from error
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
-        return named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        for item in template
+    ):
+        template = {item["name"]: item["template"] for item in template}.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise ModelError(
+        "malformed chat template",
+        where="tokenizer_config.json, key chat_template",
+        expected="a text, or a list of objects with name and template",
+        found=type(template).__name__,
+    )
 
 
 def _check_special_ids(tokenizer: Tokenizer, where: str) -> None:

@@ -62,6 +62,35 @@ class AddedToken:
     rstrip: bool = False
 
 
+def added_token(item: object, special: bool, where: str) -> AddedToken:
+    """The token of a file's JSON: its text alone, or an object with content and flags. ModelError if it is neither."""
+    fields: Mapping[str, object] = item if isinstance(item, dict) else {"content": item}
+    text = fields.get("content")
+    flags = {"special": special, "lstrip": False, "rstrip": False}
+    stated = {name: fields.get(name, default) for name, default in flags.items()}
+    flags |= {name: flag for name, flag in stated.items() if isinstance(flag, bool)}
+    if not isinstance(text, str) or not text or flags != stated:
+        raise ModelError(
+            "malformed added token",
+            where=where,
+            expected="a text, or an object with content and flags",
+            found=_shown(item),
+        )
+    return AddedToken(text, **flags)
+
+
+def checked_id(value: object, where: str) -> int:
+    """A token id of a file's JSON. ModelError if it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ModelError("impossible token id", where=where, expected="an integer, 0 or above", found=_shown(value))
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What one vocabulary file (tokenizer.json or tokenizer.model) states. `tokens` is by id and may have gaps.

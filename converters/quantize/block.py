@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 
@@ -24,13 +26,21 @@ def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None 
         at = [int(bad[0]) + start, *map(int, bad[1:])]
         raise ModelError(
             "weights contain NaN or Inf",
-            where=f"{weight.name}, element {at}",
+            where=f"{_place(weight)}, element {at}",
             expected="finite numbers",
             found=str(values[tuple(bad)]),
             mend="The checkpoint is damaged or its training diverged: download it again or use another.",
         )
     if weight.scheme.is_integer:
-        return quantize_rtn(values, weight.scheme, importance)
+        try:
+            return quantize_rtn(values, weight.scheme, importance)
+        except OverflowError as error:
+            raise ModelError(
+                "weights too large for fp16 scales",
+                where=_place(weight),
+                found=str(error),
+                mend="The checkpoint is damaged, or its weights need fp32 for this role.",
+            ) from error
     return _cast(weight, values, weight.scheme)
 
 
@@ -44,12 +54,16 @@ def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:
     if not np.isfinite(half).all():
         raise ModelError(
             "weights do not fit fp16",
-            where=weight.name,
+            where=_place(weight),
             expected="magnitudes up to 65504",
             found=f"{np.abs(values).max():.6g}",
             mend="Choose bf16, fp32 or an integer scheme for this role.",
         )
     return half
+
+
+def _place(weight: Weight) -> str:
+    return f"{weight.name} in {Path(weight.source.location[0]).name}"
 
 
 def dequantize(tensor: Tensor) -> F32:

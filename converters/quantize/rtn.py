@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from converters.errors import ModelError
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import F16, F32, U8, QuantTensor
 
@@ -37,6 +36,7 @@ def quantize_rtn(weight: F32, scheme: Scheme, importance: F32 | None = None) -> 
     """Quantize rows f32[out, in] of a matrix; `in` must be a multiple of the scheme's group size.
 
     importance: f32[in], positive: how much an error in each column counts. None: all the same.
+    OverflowError if a scale does not fit fp16.
     """
     rows, width = weight.shape
     group = scheme.group_size_for(width)
@@ -64,7 +64,7 @@ def _as_fp16(scale: F32) -> F16:
     with np.errstate(over="ignore"):
         stored = scale.astype(np.float16)
     if not np.isfinite(stored).all():
-        raise ModelError("weights too large for fp16 scales", found=f"a scale of {np.abs(scale).max():.3g}")
+        raise OverflowError(f"a scale of {np.abs(scale).max():.3g} does not fit fp16")
     return stored
 
 

@@ -141,7 +141,19 @@ def pieces(patterns: tuple[str, ...], text: str) -> tuple[str, ...]:
 
 @cache
 def _splitter(patterns: tuple[str, ...]) -> PreTokenizer:
-    return Sequence([Split(Regex(pattern), "isolated") for pattern in patterns])
+    return Sequence([Split(_regex(pattern), "isolated") for pattern in patterns])
+
+
+def _regex(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # the library raises the bare class
+        raise ModelError(
+            "a regex of the tokenizer is invalid",
+            where="pre_tokenizer in tokenizer.json",
+            found=f"{pattern!r}: {error}",
+            mend="The file is damaged: fetch it again.",
+        ) from error
 
 
 @cache
@@ -152,6 +164,7 @@ def _probes() -> tuple[str, ...]:
 
 def merges_make_every_token(tokenizer: Tokenizer) -> bool:
     """Whether each word of the vocabulary comes out of the merges as one token: then ignore_merges changes nothing."""
-    words = {token.text: index for index, token in enumerate(tokenizer.tokens) if token.type is TokenType.NORMAL}
-    model = models.BPE(words, list(tokenizer.merges))
+    # All tokens, also added ones: merges may name them.
+    model = models.BPE({token.text: index for index, token in enumerate(tokenizer.tokens)}, list(tokenizer.merges))
+    words = (token.text for token in tokenizer.tokens if token.type is TokenType.NORMAL)
     return all(len(model.tokenize(word)) == 1 for word in words)

@@ -1,8 +1,8 @@
 """From an openvino.Model without numbers to the two files of an IR: the XML, and where each constant lies in the .bin.
 
-OpenVINO's own serializer writes the XML. The weights' Constants all look at one buffer of zeros while it does, so it
-writes no
-.bin at all; the offsets are then replaced by ours. No weight is read, and none is ever held whole.
+OpenVINO's own serializer writes the XML. The weights' Constants all look at one buffer of zeros while it does, and the
+.bin that it writes is thrown away; the offsets are then replaced by ours. No weight is read, and none is ever held
+whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from converters.errors import ResourceError
 from exporters.openvino.storage import Stored
 
 # Constants start on cache lines, as in the files that OpenVINO writes.
@@ -87,10 +88,26 @@ def name_helpers(model: ov.Model) -> None:
 
 
 def _xml(model: ov.Model) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.xml")
-        ov.serialize(model, path, os.devnull)
-        return path.read_text(encoding="utf-8")
+    """The serializer's XML; its .bin, a copy of every constant of zeros that has another size, goes nowhere.
+
+    When it cannot write, the serializer deletes both files. So it gets a link, and never the name of the null device.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path, sink = Path(folder, "model.xml"), Path(folder, "model.bin")
+            sink.symlink_to(os.devnull)
+            ov.serialize(model, path, sink)
+            xml = path.read_text(encoding="utf-8")
+        if not xml.rstrip().endswith("</net>"):
+            raise OSError("the file is cut off")
+    except (OSError, RuntimeError) as error:
+        raise ResourceError(
+            "the network's description cannot be written",
+            where="temporary folder",
+            found=str(error).strip() or type(error).__name__,
+            mend="Free a few megabytes there, or set TMPDIR to a folder with space.",
+        ) from error
+    return xml
 
 
 def _with_places(xml: str, places: Mapping[str, int], sizes: Mapping[str, int]) -> str:

@@ -127,6 +127,10 @@ def test_no_template(tmp_path: Path) -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ 'a' * 10 ** 15 }}", "OverflowError|MemoryError"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError"),
+        ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "SyntaxError"),
+        ("{% set c = cycler() %}", "RuntimeError|TypeError"),
+        (r"{{ '\ud800' }}", "surrogates not allowed"),
+        (r"{{ raise_exception('\ud800') }}", r"\\ud800"),
         ("{{ messages | tojson(indent='x', sort_keys=nothing.there) }}", "UndefinedError"),
     ],
 )

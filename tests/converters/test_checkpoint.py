@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from converters.checkpoint import RowView, open_checkpoint, read_float32
 from converters.errors import ModelError
 from converters.quantize.tensor import FloatArray
+from converters.source import source_digest
 from converters.tensors import TensorTable
 
 A = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -105,6 +107,37 @@ def test_index_leads_out_of_the_folder(tmp_path: Path, shard: str) -> None:
     assert shard in message
 
 
+@pytest.mark.parametrize("shard", ["a\0b", "a" * 5000, "loop.safetensors"])
+def test_impossible_name_of_a_shard(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    assert repr(shard)[1:20] in refusal(write_shards(tmp_path, a=shard))
+
+
+def test_half_a_surrogate_pair_as_a_shard(tmp_path: Path) -> None:
+    assert "surrogates not allowed" in refusal(write_shards(tmp_path, a="\ud800"))
+
+
+def test_pipe_or_folder_instead_of_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "not a file" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    assert "not a file" in refusal(tmp_path)
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    save_file({"a": A}, tmp_path / "x.safetensors")
+    save_file({"b": B}, tmp_path / "sub" / "x.safetensors")
+    index = {"weight_map": {"a": "x.safetensors", "b": "sub/x.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert set(open_checkpoint(tmp_path)) == {"a", "b"}
+    assert {"x.safetensors", "sub/x.safetensors"} < set(source_digest(tmp_path))
+    index["weight_map"] |= {"a": "sub/x.safetensors", "b": "x.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert "index and shards disagree" in refusal(tmp_path)
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     (write_shards(tmp_path) / "model-00002-of-00002.safetensors").unlink()
     message = refusal(tmp_path)
@@ -160,6 +193,8 @@ def test_cut_off_file(tmp_path: Path, length: int) -> None:
         ({"a": entry("F32", [3], 0, 8)}, bytes(8), "expected 12 bytes for F32.*found 8"),
         ({"a": entry("F32", [2], 8, 0)}, bytes(8), "do not fit its shape"),
         ({"a": entry("F32", [1 << 62, 1 << 62], 0, 8)}, bytes(8), "do not fit its shape"),
+        ({"a": entry("F32", [1] * 9, 0, 4)}, bytes(4), "malformed safetensors header.*at most 8"),
+        ({"a": entry("F32", [1 << 63, 0], 0, 0)}, b"", "malformed safetensors header"),
         ({"a": entry("I8", [8], 0, 8)}, bytes(8), "expected BF16, F16, F32; found I8"),
         ({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8), "found F8_E4M3"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, bytes(12), "overlap or leave a hole.*tensor b"),

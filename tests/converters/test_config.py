@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,15 @@ def test_sampling_defaults(tmp_path: Path) -> None:
         read_generation(write(tmp_path, PHI3, {"top_k": True}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", -1), ("temperature", 1e300), ("top_p", 17), ("top_p", -0.1), ("top_k", -5), ("top_k", 2**31)],
+)
+def test_sampling_defaults_without_sense(tmp_path: Path, key: str, value: float) -> None:
+    with pytest.raises(ModelError, match=f"key {key}"):
+        read_generation(write(tmp_path, PHI3, {key: value}))
+
+
 def test_sliding_window(tmp_path: Path) -> None:
     def window(**settings: object) -> int | None:
         return read_config(write(tmp_path, PHI3 | settings)).sliding_window
@@ -224,6 +235,14 @@ REFUSED: list[tuple[Config, str]] = [
     (PHI3 | {"eos_token_id": 100}, "outside the vocabulary.*100"),
     (PHI3 | {"eos_token_id": "2"}, "impossible token id"),
     (PHI3 | {"bos_token_id": 1.5}, "impossible token id"),
+    (PHI3 | {"max_position_embeddings": 2**31}, "key max_position_embeddings.*to 2147483647"),
+    (PHI3 | {"rms_norm_eps": 1e-300}, "key rms_norm_eps.*float32"),
+    (PHI3 | {"rms_norm_eps": 1e300}, "key rms_norm_eps.*float32"),
+    (PHI3 | {"rope_theta": 1e300}, "key rope_theta.*float32"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "attention_factor": 1e300}}, "key attention_factor"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "long_factor": [1e-300] * 8}}, "key long_factor"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "long_factor": [True] * 8}}, "key long_factor"),
+    (PHI3 | {"hidden_size": "x" * 10_000}, r"key hidden_size.{1,200}$"),
 ]
 
 
@@ -240,12 +259,32 @@ def test_refused(tmp_path: Path, config: Config, words: str) -> None:
         (b"\xff\xfe{}", "no valid JSON"),
         (b'{"a": 1, "a": 2}', "'a' twice"),
         (b'{"a": NaN}', "constant NaN"),
+        (b'{"a\\ud800": 1}', "surrogates not allowed"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
     ],
 )
 def test_broken_json(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(ModelError, match=words):
+        read_config(tmp_path)
+
+
+def test_a_repeated_key_among_many_is_found_at_once(tmp_path: Path) -> None:
+    names = [*range(200_000), 199_999]
+    (tmp_path / "config.json").write_text("{" + ",".join(f'"{name}":1' for name in names) + "}")
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="'199999' twice"):
+        read_config(tmp_path)
+    assert time.monotonic() - start < 20
+
+
+def test_pipe_or_folder_instead_of_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json.*not a file"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json.*not a file"):
         read_config(tmp_path)
 
 

@@ -23,7 +23,7 @@ COMMIT = Repo({}).commit
 WEIGHTS = save({"model.norm.weight": np.ones(50_000, np.float32)})
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "generation_config.json": b"{}",
+    "generation_config.json": b'{"do_sample": true}',  # no two wanted files are equal: the cache keeps such once
     "tokenizer.json": b"{}",
     "tokenizer.model": b"spm",
     "chat_template.jinja": b"{{ messages }}",
@@ -187,6 +187,30 @@ def test_path_that_is_not_there_never_asks_the_hub(model: str) -> None:
     with pytest.raises(ModelError, match="no such folder") as caught:
         resolve_source(model)
     assert "Hub id" in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["a" * 300, "x/" * 3000, "~nobody-of-this-name/x"])
+def test_impossible_path(model: str) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve_source(model)
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1:9", "http:"])
+def test_invalid_endpoint(tmp_path: Path, endpoint: str) -> None:
+    result = run(REPO_ID, tmp_path, endpoint, "")
+    assert isinstance(result, dict)
+    assert result["status"] == 2
+    assert "HF_ENDPOINT" in result["error"]
+    assert repr(endpoint) in result["error"]
+
+
+def test_digest_of_a_folder_with_odd_things_in_it(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "gone.json").symlink_to("nowhere")
+    (tmp_path / "tokenizer.model").mkdir()
+    assert set(source_digest(tmp_path)) == {"model.safetensors", "config.json"}
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:

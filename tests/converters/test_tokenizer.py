@@ -19,6 +19,7 @@ from converters.config import ModelConfig  # noqa: E402
 from converters.errors import ModelError  # noqa: E402
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType, read_tokenizer  # noqa: E402
 from converters.vocabulary import is_filler  # noqa: E402
+from exporters.gguf.pretokenizer import identify_pre  # noqa: E402
 from tests.converters.tiny_tokenizers import (  # noqa: E402
     LLAMA3,
     byte_level_bpe,
@@ -334,3 +335,112 @@ def test_a_tokenizer_model_of_another_size_does_not_give_its_scores(tmp_path: Pa
     record = read_tokenizer(tmp_path, replace(model, vocab_size=32001))
     assert record.tokens[32000].text == "<more>"
     assert record.tokens[260].text == read_tokenizer(tmp_path, replace(model, vocab_size=32001)).tokens[260].text
+
+
+# File, what replaces parts of its JSON (or its bytes), and words of the message beside the file's name.
+DAMAGE: list[tuple[str, dict[str, Any] | bytes, str]] = [
+    ("special_tokens_map.json", {"additional_special_tokens": 7}, "additional_special_tokens"),
+    ("special_tokens_map.json", {"additional_special_tokens": [{}]}, "malformed added token"),
+    ("special_tokens_map.json", {"bos_token": {"content": 7}}, "bos_token"),
+    ("special_tokens_map.json", {"eos_token": {}}, "eos_token"),
+    ("tokenizer_config.json", {"bos_token": {}}, "bos_token"),
+    ("tokenizer_config.json", {"bos_token": ["a"]}, "bos_token"),
+    ("tokenizer_config.json", {"bos_token": {"lstrip": True}}, "bos_token"),
+    ("tokenizer_config.json", {"bos_token": "\ud800"}, "surrogates not allowed"),
+    ("tokenizer_config.json", {"added_tokens_decoder": 7}, "expected an object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": []}, "expected an object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "impossible token id"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "impossible token id"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": {}}}, "malformed added token"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 7}}}, "malformed added token"),
+    ("tokenizer_config.json", {"chat_template": [7]}, "chat_template"),
+    ("tokenizer_config.json", {"chat_template": [{}]}, "chat_template"),
+    ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 7}]}, "chat_template"),
+    ("tokenizer_config.json", b"[" * 100_000, "nested too deep"),
+    ("added_tokens.json", {"zz": "x"}, "impossible token id"),
+    ("added_tokens.json", {"zz": None}, "impossible token id"),
+    ("added_tokens.json", {"zz": [1]}, "impossible token id"),
+    ("chat_template.jinja", b"\xff\xfe\0", "not UTF-8"),
+    ("tokenizer.json", b"[" * 100_000, "nested too deep"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), DAMAGE, ids=range(len(DAMAGE)))
+def test_damage_is_named(name: str, change: dict[str, Any] | bytes, words: str, tmp_path: Path) -> None:
+    model = write_byte_level(tmp_path, None)
+    path = tmp_path / name
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, known | change)
+    message = refusal(tmp_path, model)
+    assert name in message
+    assert words in message
+
+
+def frame_of(name: object) -> Callable[[dict[str, Any]], object]:
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return lambda root: root.update(post_processor={"type": "TemplateProcessing", "single": single})
+
+
+def split_by(regex: object) -> Callable[[dict[str, Any]], object]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return lambda root: root["pre_tokenizer"]["pretokenizers"].insert(0, split)
+
+
+VOCABULARY_DAMAGE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda root: root["model"].update(vocab={}), "no vocabulary"),
+    (lambda root: root["model"].update(merges=[]), "no merges"),
+    (lambda root: root["model"].update(merges=[["qqq", "www"]]), "'qqq' in the vocabulary"),
+    (lambda root: root["model"].update(merges=[["a", 7]]), "not a pair"),
+    (lambda root: root["model"]["vocab"].update(a="x"), "impossible token id"),
+    (lambda root: root["model"]["vocab"].update(a=None), "impossible token id"),
+    (lambda root: root["model"]["vocab"].update(a=1.5), "impossible token id"),
+    (lambda root: root["model"]["vocab"].update({"a\ud800": 2999}), "surrogates not allowed"),
+    (lambda root: root["added_tokens"][0].update(content=7), "malformed added token"),
+    (lambda root: root["added_tokens"][0].update(content=None), "malformed added token"),
+    (lambda root: root["added_tokens"][0].update(id="x"), "impossible token id"),
+    (lambda root: root["added_tokens"][0].update(lstrip="x"), "malformed added token"),
+    (frame_of(["x"]), "post-processor"),
+    (frame_of("<absent>"), "'<absent>'"),
+    (split_by(7), "a regex that is no text"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), VOCABULARY_DAMAGE, ids=range(len(VOCABULARY_DAMAGE)))
+def test_a_damaged_vocabulary(change: Callable[[dict[str, Any]], object], words: str, tmp_path: Path) -> None:
+    model = write_byte_level(tmp_path, None)
+    edit(tmp_path / "tokenizer.json", change)
+    message = refusal(tmp_path, model)
+    assert "tokenizer.json" in message
+    assert words in message
+
+
+def test_a_regex_that_does_not_compile(tmp_path: Path) -> None:
+    model = write_byte_level(tmp_path, None)
+    edit(tmp_path / "tokenizer.json", split_by("("))
+    with pytest.raises(ModelError, match="regex of the tokenizer is invalid"):
+        identify_pre(read_tokenizer(tmp_path, model))
+
+
+def test_no_additional_special_tokens(tmp_path: Path) -> None:
+    model = write_byte_level(tmp_path, None)
+    expected = read_tokenizer(tmp_path, model)
+    write_json(tmp_path / "special_tokens_map.json", {"additional_special_tokens": None, "pad_token": None})
+    assert read_tokenizer(tmp_path, model).tokens == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xff" * 3_000_000, "more than ten bytes"),
+        (b"\x0a\x03\x0a\x01a\x12\x04\x1a\x02ab", "a message where a number is expected"),
+        (b"\x0a\x08\x0a\x01a\x15\x00\x00\xc0\x7f", "the score nan"),
+    ],
+)
+def test_an_odd_sentencepiece_model(data: bytes, words: str, tmp_path: Path) -> None:
+    model = write_sentencepiece(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    assert words in refusal(tmp_path, model)

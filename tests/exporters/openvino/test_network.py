@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -13,12 +14,13 @@ import pytest
 ov = pytest.importorskip("openvino")
 genai = pytest.importorskip("openvino_genai")
 
+from converters.errors import ResourceError  # noqa: E402
 from converters.quantize.rtn import quantize_rtn  # noqa: E402
 from converters.quantize.scheme import scheme_named  # noqa: E402
 from converters.role import Role  # noqa: E402
 from exporters.base import Activations, Model  # noqa: E402
 from exporters.openvino.exporter import BIN, EXPORTER, XML, network_layout  # noqa: E402
-from exporters.openvino.ir import ZeroConstants  # noqa: E402
+from exporters.openvino.ir import ZeroConstants, _xml  # noqa: E402
 from exporters.openvino.lower import decompress  # noqa: E402
 from exporters.openvino.runtime import EXACT  # noqa: E402
 from exporters.openvino.storage import Matrix, Stored, plan_matrices  # noqa: E402
@@ -190,6 +192,23 @@ def test_zero_constants_share_memory():
     constants = ZeroConstants(parts)
     addresses = {constants(part).get_node().data.ctypes.data for part in parts}
     assert len(addresses) == 1
+
+
+def test_a_failure_to_write_the_xml_harms_nothing_else(tmp_path, monkeypatch):
+    null = tmp_path / "null"
+    null.touch()
+    monkeypatch.setattr("os.devnull", str(null))
+    parameter = ov.opset13.parameter([1], np.float32, name="p")
+    network = ov.Model([ov.opset13.add(parameter, np.ones(1, np.float32))], [parameter], "network")
+    assert "<net" in _xml(network)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ResourceError, match="TMPDIR"):
+            _xml(network)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert null.exists()
 
 
 @pytest.mark.parametrize("backend", ["PA", "SDPA"])
