@@ -58,9 +58,13 @@ def gguf_tensors(graph: Graph) -> list[GgufTensor]:
     return tensors
 
 
+# The loader's families -> llama.cpp's architectures.
+ARCHITECTURES = {"phi3": "phi3", "llama": "llama", "mistral": "llama"}
+
+
 def architecture(graph: Graph) -> str:
     """llama.cpp's name of the architecture."""
-    return "phi3" if graph.config.family == "phi3" else "llama"
+    return ARCHITECTURES[graph.config.family]
 
 
 def _block_tensors(graph: Graph, layer: int) -> Iterator[GgufTensor]:

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from converters.config import ModelConfig, Rope, RopeKind
 from converters.errors import UsageError
 from exporters.base import Activations, Model, Semantics
+from exporters.transformers_files import ARCHITECTURES, Json, decoder_config, llama3_scaling, partial_rotary_factor
 
-# mlx-lm reads model_type "mistral" with models/llama.py.
-ARCHITECTURES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-# What initialize_rope and phi3.Attention understand. phi3 takes "linear" only together with a dummy long_factor.
+# What initialize_rope and phi3.Attention understand; model_type "mistral" is read with models/llama.py. phi3 takes
+# "linear" only together with a dummy long_factor.
 ROPE_KINDS = {
     "phi3": (RopeKind.DEFAULT, RopeKind.LONGROPE),
     "llama": (RopeKind.DEFAULT, RopeKind.LINEAR, RopeKind.LLAMA3),
@@ -20,8 +19,6 @@ ROPE_KINDS = {
 }
 
 TORCH_DTYPES = {Activations.FP32: "float32", Activations.FP16: "float16", Activations.BF16: "bfloat16"}
-
-Json = dict[str, object]
 
 
 def check_config(model: Model) -> None:
@@ -77,27 +74,7 @@ def always_short(model: Model) -> bool:
 def model_config(model: Model, activations: Activations, quantization: Mapping[str, object] | None) -> Json:
     """The whole config.json. `quantization` as mlx-lm reads it, None where no matrix is quantized."""
     config = model.graph.config
-    json: Json = {
-        "architectures": [ARCHITECTURES[config.family]],
-        "attention_bias": False,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos_token_id(config),
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": model.context_length,
-        "model_type": config.family,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "pad_token_id": config.pad_token_id,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": TORCH_DTYPES[activations],
-        "vocab_size": config.vocab_size,
-    }
+    json = decoder_config(model, model.context_length, None, TORCH_DTYPES[activations])
     json |= _phi3_rope(model) if config.family == "phi3" else _llama_rope(config)
     if quantization is not None:
         json |= {"quantization": quantization, "quantization_config": quantization}
@@ -121,26 +98,9 @@ def semantics(model: Model) -> Semantics:
     return Semantics(sentence, original + 1, length)
 
 
-def generation_config(model: Model) -> Json:
-    """generation_config.json: the special ids and the publisher's sampling defaults."""
-    config = model.graph.config
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos_token_id(config),
-        "pad_token_id": config.pad_token_id,
-    }
-    return {key: value for key, value in ids.items() if value is not None} | dict(model.sampling)
-
-
-def eos_token_id(config: ModelConfig) -> int | list[int] | None:
-    """One id, or all of them: mlx-lm stops at each."""
-    ids = config.eos_token_ids
-    return list(ids) if len(ids) > 1 else ids[0] if ids else None
-
-
 def _phi3_rope(model: Model) -> Json:
     config, rope = model.graph.config, model.graph.config.rope
-    json: Json = {"partial_rotary_factor": _partial_rotary_factor(rope.dim, config.head_dim)}
+    json: Json = {"partial_rotary_factor": partial_rotary_factor(rope.dim, config.head_dim)}
     if rope.kind is not RopeKind.LONGROPE:
         return json
     short = list(rope.short_factors)
@@ -160,20 +120,8 @@ def _llama_rope(config: ModelConfig) -> Json:
     if rope.kind is RopeKind.LINEAR:
         json["rope_scaling"] = {"rope_type": "linear", "type": "linear", "factor": rope.factor}
     if rope.kind is RopeKind.LLAMA3:
-        json["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_context,
-        }
+        json["rope_scaling"] = llama3_scaling(rope)
     return json
-
-
-def _partial_rotary_factor(dim: int, head_dim: int) -> float:
-    """A factor that mlx-lm's int(head_dim * factor) turns into exactly `dim`."""
-    factor = dim / head_dim
-    return factor if int(head_dim * factor) == dim else math.nextafter(factor, math.inf)
 
 
 def _su_max_positions(rope: Rope) -> int:

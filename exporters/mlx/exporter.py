@@ -10,7 +10,7 @@ from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from converters.role import Role
 from exporters.base import BigFile, Layout, Model, Place, Runtime, Semantics, Target, TargetOptions, TensorRow
-from exporters.mlx.config import check_config, generation_config, model_config, semantics
+from exporters.mlx.config import check_config, model_config, semantics
 from exporters.mlx.examine import devices, tensors
 from exporters.mlx.modules import (
     StoredTensor,
@@ -22,6 +22,7 @@ from exporters.mlx.modules import (
 )
 from exporters.mlx.pack import DTYPES
 from exporters.options import MlxOptions
+from exporters.transformers_files import encode_json, generation_config, tokenizer_files
 
 SHARD_NBYTES = 5 << 30  # mlx-lm's own limit for one file (mlx_lm.utils.MAX_FILE_SIZE_GB)
 
@@ -61,9 +62,9 @@ class MlxExporter:
         for name, shard in shards.items():
             big[name] = _lay_out_file(name, shard, places)
         small = {
-            "config.json": _json(model_config(model, activations, quantization_config(modules))),
-            "generation_config.json": _json(generation_config(model)),
-            "model.safetensors.index.json": _json(_index(shards)),
+            "config.json": encode_json(model_config(model, activations, quantization_config(modules))),
+            "generation_config.json": encode_json(generation_config(model)),
+            "model.safetensors.index.json": encode_json(_index(shards)),
         }
         return Layout(big, places, tokenizer_files(model) | small)
 
@@ -114,15 +115,6 @@ def split_shards(tensors: Sequence[StoredTensor], limit: int) -> dict[str, list[
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def tokenizer_files(model: Model) -> dict[str, bytes]:
-    """The checkpoint's tokenizer files as they are; the chat template as a file where none of them holds it."""
-    files = {name: path.read_bytes() for name, path in model.tokenizer.files.items()}
-    template = model.tokenizer.chat_template
-    if template is not None and "chat_template.jinja" not in files:
-        files["chat_template.jinja"] = template.encode()
-    return files
-
-
 def _lay_out_file(name: str, tensors: Sequence[StoredTensor], places: Mapping[str, list[Place]]) -> BigFile:
     """One safetensors file: u64 header length, JSON header padded to 8 bytes, data without gaps.
 
@@ -154,7 +146,3 @@ def _index(shards: Mapping[str, Sequence[StoredTensor]]) -> dict[str, object]:
         "metadata": {"total_size": sum(nbytes for _, nbytes in files.values())},
         "weight_map": {tensor: files[tensor][0] for tensor in sorted(files)},
     }
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,13 +1,16 @@
 """The tokenizer as onnxruntime-genai reads it, which takes onnxruntime-extensions for the work.
 
 The checkpoint's own files stay what they are wherever that reader does with them what transformers does. It differs in
-three points (operators/tokenizer of microsoft/onnxruntime-extensions), and the folder is made to suit it:
+four points (operators/tokenizer of microsoft/onnxruntime-extensions), and the folder is made to suit it:
 
 1. A pre-tokenizer's steps count only if they are Split with a Regex; the rest (Digits, ByteLevel's own regex) is left
    out. tokenizer.json then spells the same steps as Splits.
 2. SentencePiece text is cut by Llama 3's regex before merging, contractions and all, unless the class is Gemma's.
    tokenizer_module.json, which overrides tokenizer_config.json for this reader alone, names that class.
 3. tokenizer.model is not read: tokenizer.json is made from the vocabulary.
+4. A space at the start of the text only (Metaspace's scheme "first") comes out after each added token too, and a
+   decoder that strips a space is enough to bring it about. Chat prompts start with an added token, and then the model
+   wants no space: the folder asks for none, and plain text loses its first space.
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ def adapt(document: dict[str, Json], tokenizer: Tokenizer) -> dict[str, Json]:
     if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE and not _has_only_splits(document.get("pre_tokenizer")):
         splits: list[Json] = [_split(pattern) for pattern in tokenizer.split_patterns]
         adapted["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, _byte_level()]}
+    if tokenizer.space_prefix is SpacePrefix.FIRST:
+        adapted |= {"normalizer": _underlines(), "pre_tokenizer": None, "decoder": _decoder(strip=False)}
     if not tokenizer.add_bos:
         adapted["post_processor"] = _without_frame(document.get("post_processor"))
     return adapted
@@ -97,6 +102,17 @@ def _byte_level() -> Json:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
+def _underlines() -> Json:
+    return {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _decoder(strip: bool) -> Json:
+    """Pieces to text; `strip` takes away the space that encoding put in front."""
+    spaces: Json = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    first: list[Json] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if strip else []
+    return {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *first]}
+
+
 def _without_frame(processor: Json) -> Json:
     """The post-processor, unless it is a template: that reader adds BOS where a template names it, asked for or not."""
     if isinstance(processor, dict) and "TemplateProcessing" in json.dumps(processor):
@@ -112,8 +128,6 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Json]:
     assert tokenizer.kind is TokenizerKind.SENTENCEPIECE
     always = tokenizer.space_prefix is SpacePrefix.ALWAYS
     prefix: list[Json] = [{"type": "Prepend", "prepend": SPACE}] if always else []
-    strip: list[Json] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if always else []
-    spaces: Json = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     return {
         "version": "1.0",
         "truncation": None,
@@ -121,11 +135,11 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Json]:
         "added_tokens": _added_tokens(tokenizer),
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
+            "normalizers": [*prefix, _underlines()],
         },
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": _decoder(strip=always),
         "model": _sentencepiece_model(tokenizer),
     }
 

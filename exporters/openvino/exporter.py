@@ -24,9 +24,10 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.openvino import examine
-from exporters.openvino.config import ARCHITECTURES, config_json, generation_json
+from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
+from exporters.transformers_files import ARCHITECTURES, encode_json, generation_config, tokenizer_files
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
@@ -61,12 +62,12 @@ class OpenvinoExporter:
                 _check_weight(weight, device)
 
     def layout(self, model: Model, options: TargetOptions) -> Layout:
-        from exporters.openvino.tokenizer import convert_tokenizer, tokenizer_files
+        from exporters.openvino.tokenizer import convert_tokenizer
 
         self.check(model, options)
         network = network_layout(model, options)
         files, config = tokenizer_files(model), config_json(model)
-        described = {"config.json": config, "generation_config.json": generation_json(model)}
+        described = {"config.json": config, "generation_config.json": encode_json(generation_config(model))}
         return replace(network, small={**files, **convert_tokenizer(files, config), **described, **network.small})
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:

@@ -22,16 +22,23 @@ EXACT: Mapping[str, str | int] = {
 
 
 class OpenvinoRuntime:
-    """See exporters.base.Runtime. Runs on the CPU, whatever devices the artifact is for."""
+    """See exporters.base.Runtime.
+
+    Runs on the CPU, whatever devices the artifact is for. The compiled model and the pipeline each hold the weights a
+    second time, packed for the processor, so one of the two is open at a time.
+    """
 
     def __init__(self, folder: Path, threads: int = 2) -> None:
         self._folder = folder
         self._properties = dict(EXACT) | {"INFERENCE_NUM_THREADS": threads}
+        self._request: ov.InferRequest | None = None
+        self._pipeline: genai.LLMPipeline | None = None
 
     def logits(self, token_ids: Sequence[int]) -> F32:
-        self._request.reset_state()
+        request = self._open_request()
+        request.reset_state()
         length = len(token_ids)
-        outputs = self._request.infer(
+        outputs = request.infer(
             {
                 "input_ids": np.array([token_ids], np.int64),
                 "attention_mask": np.ones((1, length), np.int64),
@@ -47,26 +54,31 @@ class OpenvinoRuntime:
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         # A rendered prompt has the special tokens it needs: the pipeline itself leaves them out after its template too.
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
-        settings = self._pipeline.get_generation_config()
+        pipeline = self._open_pipeline()
+        settings = pipeline.get_generation_config()
         settings.do_sample = False
         settings.max_new_tokens = max_tokens
-        result = self._pipeline.generate(prompt_ids, settings)
+        result = pipeline.generate(prompt_ids, settings)
         (token_ids,) = result.tokens
         stopped = result.finish_reasons[0] == genai.GenerationFinishReason.STOP
         return Answer(tuple(token_ids), self._tokenizer.decode(token_ids), stopped)
 
     @cached_property
-    def _request(self) -> ov.InferRequest:
-        model = ov.Core().compile_model(self._folder / "openvino_model.xml", "CPU", self._properties)
-        return model.create_infer_request()
-
-    @cached_property
     def _tokenizer(self) -> genai.Tokenizer:
         return genai.Tokenizer(self._folder)
 
-    @cached_property
-    def _pipeline(self) -> genai.LLMPipeline:
-        return genai.LLMPipeline(self._folder, "CPU", **self._properties)
+    def _open_request(self) -> ov.InferRequest:
+        if self._request is None:
+            self._pipeline = None
+            model = ov.Core().compile_model(self._folder / "openvino_model.xml", "CPU", self._properties)
+            self._request = model.create_infer_request()
+        return self._request
+
+    def _open_pipeline(self) -> genai.LLMPipeline:
+        if self._pipeline is None:
+            self._request = None
+            self._pipeline = genai.LLMPipeline(self._folder, "CPU", **self._properties)
+        return self._pipeline
 
 
 def _ids(encoded: genai.TokenizedInputs) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -9,23 +10,14 @@ from pathlib import Path
 import openvino as ov
 import openvino_tokenizers
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
 
-from exporters.base import Model
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is as intended
+from transformers import AutoTokenizer
 
 TOKENIZER = "openvino_tokenizer"
 DETOKENIZER = "openvino_detokenizer"
 
 _COUNTED = re.compile(r"[A-Za-z][A-Za-z0-9]*_[0-9]+(\.[0-9]+)?")
-
-
-def tokenizer_files(model: Model) -> dict[str, bytes]:
-    """The checkpoint's tokenizer files as they are; the chat template as a file where none of them holds it."""
-    files = {name: path.read_bytes() for name, path in model.tokenizer.files.items()}
-    template = model.tokenizer.chat_template
-    if template is not None and "chat_template.jinja" not in files:
-        files["chat_template.jinja"] = template.encode()
-    return files
 
 
 def convert_tokenizer(files: dict[str, bytes], config: bytes) -> dict[str, bytes]:

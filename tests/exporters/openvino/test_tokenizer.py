@@ -15,7 +15,8 @@ pytest.importorskip("openvino_tokenizers")
 from converters.config import ModelConfig  # noqa: E402
 from converters.tokenizer import read_tokenizer  # noqa: E402
 from exporters.openvino.config import config_json  # noqa: E402
-from exporters.openvino.tokenizer import DETOKENIZER, TOKENIZER, convert_tokenizer, tokenizer_files  # noqa: E402
+from exporters.openvino.tokenizer import DETOKENIZER, TOKENIZER, convert_tokenizer  # noqa: E402
+from exporters.transformers_files import tokenizer_files  # noqa: E402
 from tests.converters import tiny_tokenizers  # noqa: E402
 from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
