@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,13 @@ from exporters.base import Target
 
 if TYPE_CHECKING:
     from tundish.job import Watcher
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tundish {version('tundish')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="tundish",
@@ -36,25 +45,41 @@ TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Onl
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-_SIGNALLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _ENDING:
+        signal.signal(number, _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no "×" is no reason to fail
     try:
         app(standalone_mode=True)
     except TundishError as error:
         print(f"tundish: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except SystemExit as ending:
-        if ending.code in _SIGNALLED:  # for SIGINT by typer, which turns KeyboardInterrupt into this status
+        if ending.code in [128 + number for number in _ENDING]:
             print("tundish: interrupted; nothing was published.", file=sys.stderr)
         raise
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)  # unwinds, so that unfinished folders are removed
+def _end(number: int, frame: object) -> None:
+    """Unwind, so that children end and unfinished folders are removed; a second signal must not disturb that."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One Hugging Face language model, quantized once, poured into GGUF, ONNX, OpenVINO and MLX, and verified."""
 
 
 @app.command()
@@ -71,9 +96,10 @@ def build(
     from tundish import job
 
     choices = job.Choices(recipe, model, out, target or (), verify, threads)
-    with watcher() as watching:
-        manifest = job.build(choices, watching)
-    show(manifest, as_json, _summary)
+    with figures_of_failed_gates(as_json):
+        with watcher() as watching:
+            manifest = job.build(choices, watching)
+        show(manifest, as_json, _summary)
 
 
 @app.command()
@@ -127,9 +153,10 @@ def verify(
     """Open the artifacts of an earlier build in their runtimes again and measure again."""
     from tundish import job
 
-    with watcher() as watching:
-        manifest = job.verify_again(folder, model, threads, watching)
-    show(manifest, as_json, _summary)
+    with figures_of_failed_gates(as_json):
+        with watcher() as watching:
+            manifest = job.verify_again(folder, model, threads, watching)
+        show(manifest, as_json, _summary)
 
 
 @app.command()
@@ -201,6 +228,18 @@ def sample(
 
 
 @contextmanager
+def figures_of_failed_gates(as_json: bool) -> Iterator[None]:
+    """A build that misses a gate prints its figures like one that passes, before the error."""
+    from tundish.job import FailedGatesError
+
+    try:
+        yield
+    except FailedGatesError as error:
+        show(error.manifest, as_json, _summary)
+        raise
+
+
+@contextmanager
 def watcher() -> Iterator[Watcher]:
     """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
     from rich.console import Console
@@ -230,8 +269,11 @@ def watcher() -> Iterator[Watcher]:
 
 
 def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
-    """Print a result: as JSON, or as text(document)."""
-    print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document))
+    """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
+    from tundish.pour import disk_errors
+
+    with disk_errors(Path("standard output")):
+        print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document), flush=True)
 
 
 def _columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from exporters.base import Exporter, Target
 from exporters.registry import EXPORTERS
-from tundish.child import run_child
+from tundish.child import exit_with_parent, run_child
 from tundish.worker import package_versions
 
 
@@ -57,4 +57,5 @@ def _examine(exporter: Exporter) -> Examination:
 
 
 if __name__ == "__main__":
+    exit_with_parent()
     Path(sys.argv[2]).write_text(json.dumps(EXPORTERS[Target(sys.argv[1])].devices()), encoding="utf-8")

@@ -8,8 +8,8 @@ from converters.checkpoint import open_checkpoint
 from converters.errors import ModelError, TundishError, UsageError
 from exporters.base import Target, TensorRow
 from exporters.registry import EXPORTERS
+from tundish.manifest_file import MANIFEST
 from tundish.plan import require_modules
-from tundish.publish import MANIFEST
 
 # The file by which each container's folder is known.
 _SIGNS = {

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numba
+from pydantic import ValidationError
 
 from converters.errors import GateError, UsageError
 from converters.quantize.importance import random_token_importance
@@ -19,11 +18,12 @@ from converters.source import Source, resolve_source, source_digest
 from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
 from tundish.manifest import build_manifest, file_record, verification_record
+from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.plan import Plan, make_plan, require_resources
 from tundish.pour import disk_errors, pour
-from tundish.publish import MANIFEST, REPORT, publish, require_replaceable, staging
-from tundish.recipe import CalibrationSource, Recipe, load_recipe
+from tundish.publish import files_in, publish, require_replaceable, staging
+from tundish.recipe import CalibrationSource, Recipe, load_recipe, recipe_digest
 from tundish.report import write_report
 from tundish.verify import TargetResult, verify
 
@@ -87,7 +87,8 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     threads = set_threads(choices.threads)
     recipe = settle_recipe(choices)
     out = (choices.out or Path("dist") / recipe.name).absolute()
-    require_replaceable(out)
+    require_replaceable(out, recipe.targets)
+    require_replaceable(rejected_name(out), Target)
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     model = open_model(source, recipe)
@@ -107,7 +108,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
         with disk_errors(out):
             write_manifest(folder, manifest)
             (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
-        require_gates(results, folder, out)
+        require_gates(manifest, results, folder, out)
         publish(folder, out)
     watcher.say(f"written: {out}")
     return manifest
@@ -122,20 +123,32 @@ def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F3
     return random_token_importance(model.graph, settings.tokens, settings.seed)
 
 
-def require_gates(results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
+class FailedGatesError(GateError):
+    """Gates that were missed; `manifest` has every figure."""
+
+    def __init__(self, manifest: dict[str, Any], what: str, **parts: str) -> None:
+        super().__init__(what, **parts)
+        self.manifest = manifest
+
+
+def require_gates(manifest: dict[str, Any], results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
     """GateError if a gate failed, after moving the folder to `<out>.rejected`."""
     failures = failed_gates(results or ())
     if not failures:
         return
-    rejected = out.with_name(out.name + ".rejected")
-    with disk_errors(out):
-        shutil.rmtree(rejected, ignore_errors=True)
-        folder.rename(rejected)
-    raise GateError(
+    rejected = rejected_name(out)
+    publish(folder, rejected)
+    raise FailedGatesError(
+        manifest,
         "verification failed, nothing is published",
         found="; ".join(failures),
         mend=f"The artifacts and their report are in {rejected} for a look.",
     )
+
+
+def rejected_name(out: Path) -> Path:
+    """Where a build of `out` goes that missed a gate."""
+    return out.with_name(out.name + ".rejected")
 
 
 def failed_gates(results: Sequence[TargetResult]) -> list[str]:
@@ -153,12 +166,13 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
     """Check a published folder: its files' digests, then every gate anew. Updates its manifest and report."""
     count = set_threads(threads)
     manifest = read_manifest(folder)
-    damaged = [
-        f"{target}/{name}"
+    recorded = {
+        f"{target}/{name}": record
         for target, entry in manifest["targets"].items()
         for name, record in entry["files"].items()
-        if file_record(folder / target / name) != record
-    ]
+    }
+    damaged = [name for name, record in recorded.items() if file_record(folder / name) != record]
+    damaged += sorted(files_in(folder) - recorded.keys() - {MANIFEST, REPORT})
     if damaged:
         raise GateError(
             "files differ from the manifest",
@@ -166,7 +180,7 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
             found=", ".join(damaged[:5]) + (" …" if len(damaged) > 5 else ""),
             mend="The folder was changed or damaged after it was built: build it again.",
         )
-    recipe = Recipe.model_validate(manifest["recipe"])
+    recipe = _recorded_recipe(manifest, folder)
     source = _recorded_source(manifest["source"], model)
     opened = open_model(source, recipe)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
@@ -177,8 +191,23 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
         (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
     failures = failed_gates(results)
     if failures:
-        raise GateError("verification failed", where=str(folder), found="; ".join(failures))
+        raise FailedGatesError(manifest, "verification failed", where=str(folder), found="; ".join(failures))
     return manifest
+
+
+def _recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
+    """The recipe in the manifest, as it was when the artifacts were built."""
+    try:
+        recipe = Recipe.model_validate(manifest["recipe"])
+    except ValidationError as error:
+        raise UsageError("the manifest's recipe is damaged", where=str(folder), found=str(error.errors()[0])) from error
+    if recipe_digest(recipe) != manifest["recipe_digest"] or {*recipe.targets} != {*map(Target, manifest["targets"])}:
+        raise GateError(
+            "the manifest's recipe was changed after the build",
+            where=str(folder),
+            mend="Build again with the recipe you want.",
+        )
+    return recipe
 
 
 def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
@@ -188,9 +217,9 @@ def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
     elif record["repo_id"]:
         source = resolve_source(record["repo_id"], record["revision"])
     else:
-        source = find_source(SAMPLE if record["name"] == SAMPLE else record["folder"], None)
+        source = find_source(record["folder"] or SAMPLE, None)
     found = source_digest(source.folder)
-    differing = sorted(name for name in record["files"] if found.get(name) != record["files"][name])
+    differing = sorted(name for name in {**record["files"], **found} if found.get(name) != record["files"].get(name))
     if differing:
         raise UsageError(
             "this is not the checkpoint that the artifacts were made from",
@@ -199,25 +228,6 @@ def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
             mend="Give the checkpoint with --model.",
         )
     return source
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a build; UsageError if the folder holds none."""
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            "not a folder that tundish built", where=str(folder), expected=f"a readable {MANIFEST}", found=str(error)
-        ) from error
-    return manifest
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json by way of a temporary file, so that an earlier one is never lost."""
-    temporary = folder / (MANIFEST + ".new")
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
 
 
 def set_threads(threads: int | None) -> int:

@@ -12,11 +12,11 @@ from typing import Any
 
 from converters.source import Source, source_digest
 from exporters.base import Model
+from tundish.manifest_file import FORMAT
+from tundish.model import SAMPLE
 from tundish.plan import Plan
 from tundish.recipe import Recipe, recipe_digest
 from tundish.verify import TargetResult
-
-FORMAT = 1
 
 
 def build_manifest(
@@ -30,7 +30,8 @@ def build_manifest(
             "name": source.name,
             "repo_id": source.repo_id,
             "revision": source.revision,
-            "folder": str(source.folder),
+            # Where a local checkpoint lies, for `tundish verify`; Hub ids and the sample are found again by name.
+            "folder": None if source.repo_id or source.name == SAMPLE else str(source.folder),
             "licence": model.licence,
             "files": source_digest(source.folder),
         },

@@ -16,6 +16,7 @@ from exporters.base import Model
 from tundish.recipe import Recipe
 
 SAMPLE = "sample"
+_CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
 
 
 def find_source(model: str, revision: str | None) -> Source:
@@ -48,12 +49,12 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
+    text = card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT]
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return None
     try:
         front = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
-    except YAMLError:
-        return None  # a card for humans that is no YAML states no licence
+    except (YAMLError, ValueError, KeyError, RecursionError, AssertionError):
+        return None  # a card for humans whose head is no sound YAML states no licence
     licence = front.get("license") if isinstance(front, dict) else None
-    return licence if isinstance(licence, str) else None
+    return licence if isinstance(licence, str) and licence.isprintable() else None

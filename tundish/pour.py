@@ -26,6 +26,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn an OSError below into a ResourceError that says what is needed."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         mend = {
             errno.ENOSPC: "Free space or choose another --out; `tundish plan` prints what is needed.",
@@ -34,7 +36,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             errno.EROFS: "The file system is read-only; choose another --out.",
         }.get(error.errno or 0, "Check the disk and the permissions of --out.")
         where = str(error.filename or folder)
-        raise ResourceError(f"cannot write: {error.strerror}", where=where, mend=mend) from error
+        raise ResourceError(f"cannot write: {error.strerror or error}", where=where, mend=mend) from error
 
 
 def pour(

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from converters.errors import UsageError
+from exporters.base import Target
+from tundish.manifest_file import MANIFEST, REPORT, read_manifest
 from tundish.pour import disk_errors
 
-MANIFEST = "manifest.json"
-REPORT = "report.md"
 
-
-def require_replaceable(out: Path) -> None:
-    """UsageError unless `out` is absent, empty, or a folder that tundish wrote and nobody added to."""
-    if not out.exists() and not out.is_symlink():
+def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
+    """UsageError unless `out` is absent, empty, or a build of these targets or fewer that nobody added to."""
+    if not os.path.lexists(out):
         return
-    if not out.is_dir():
+    if not out.is_dir() or out.is_symlink():
         raise UsageError("--out is not a folder", where=str(out), mend="Choose another name.")
-    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if out.is_mount():
+        raise UsageError(
+            "--out is a mount point, which no rename can replace", where=str(out), mend="Choose a folder in it."
+        )
+    present = files_in(out)
     if not present:
         return
     if MANIFEST not in present:
         raise UsageError(
             "--out holds files that tundish did not write", where=str(out), mend="Choose another folder, or empty it."
+        )
+    lost = sorted({name.split("/", 1)[0] for name in _written(out / MANIFEST)} - set(targets))
+    if lost:
+        raise UsageError(
+            f"--out holds artifacts that this build would remove: {', '.join(lost)}",
+            where=str(out),
+            mend="Build all targets of the recipe, or choose another --out.",
         )
     foreign = sorted(present - _written(out / MANIFEST) - {MANIFEST, REPORT})
     if foreign:
@@ -39,14 +49,21 @@ def require_replaceable(out: Path) -> None:
         )
 
 
-def _written(manifest: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
+    """Relative names of everything below a folder that is no folder itself; links are not followed."""
     try:
-        targets = json.loads(manifest.read_text(encoding="utf-8"))["targets"]
-        return {f"{target}/{name}" for target, entry in targets.items() for name in entry["files"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+        }
+    except OSError as error:
         raise UsageError(
-            "--out holds a manifest.json that is not tundish's", where=str(manifest), mend="Choose another folder."
+            "cannot look into the folder", where=str(folder), found=str(error), mend="Choose another."
         ) from error
+
+
+def _written(manifest: Path) -> set[str]:
+    targets = read_manifest(manifest.parent)["targets"]
+    return {f"{target}/{name}" for target, entry in targets.items() for name in entry["files"]}
 
 
 @contextmanager

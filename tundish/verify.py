@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
-from converters.chat import render_chat
 from converters.checkpoint import read_float32
 from converters.config import RopeKind
 from converters.errors import ModelError
@@ -32,6 +31,7 @@ from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
+from tundish.pour import disk_errors
 from tundish.recipe import Gates, Recipe
 from tundish.worker import Request
 
@@ -78,7 +78,6 @@ class Reference:
     logits: tuple[Path, ...]
     long_sequences: NDArray[np.int64] | None
     long_logits: tuple[Path, ...]
-    prompt: str | None
 
 
 def verify(
@@ -95,16 +94,18 @@ def verify(
     missing = {target: _missing_runtime(exporters[target]) for target in recipe.targets}
     present = [target for target in recipe.targets if not missing[target]]
     results = {target: _not_verified(target, missing[target], recipe) for target in recipe.targets if missing[target]}
-    with tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
+    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
         folder = Path(scratch)
         if present:
             say("reference: the interpreter reads the held-out text in float32")
             reference = make_reference(model, source, recipe, folder, threads)
         for target in present:
             say(f"{target}: opening in its runtime")
-            results[target] = _verify_target(
+            result = results[target] = _verify_target(
                 model, source, recipe, exporters[target], artifacts / target, digests, reference, folder, threads
             )
+            kl = f", KL {result.divergence.kl_mean:.4g}" if result.divergence else ""
+            say(f"{target}: {'gates missed' if result.passed is False else 'verified'}{kl}")
     return tuple(results[target] for target in recipe.targets)
 
 
@@ -130,9 +131,6 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     beyond = long_length(model)
     if beyond is not None:
         long_sequences = _cut(np.resize(stream, max(len(stream), beyond)), 1, beyond)
-    prompt = None
-    if model.tokenizer.chat_template is not None:
-        prompt = render_chat(model.tokenizer, [{"role": "user", "content": recipe.verify.answer.prompt}])
     return Reference(
         texts=texts,
         token_ids=_transformers_ids(source, texts, folder, threads),
@@ -142,7 +140,6 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
         long_logits=()
         if long_sequences is None
         else _reference_logits(model, long_sequences, folder, "long-reference", LONG_TAIL),
-        prompt=prompt,
     )
 
 
@@ -251,7 +248,7 @@ def _verify_target(
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if reference.long_sequences is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
-        prompt=reference.prompt,
+        question=settings.answer.prompt,
         max_tokens=settings.answer.max_tokens,
     )
     (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
@@ -281,6 +278,8 @@ def _verify_target(
         answer = events["answer"]
         detail = f"{len(answer['token_ids'])} tokens: {answer['text'].strip()!r}"
         results.append(Gate("stops", answer["stopped"], detail=detail))
+    elif gates.stops and model.tokenizer.chat_template is None:
+        results.append(Gate("stops", None, detail="the model has no chat template"))
     if "long" in events and reference.long_sequences is not None and gates.longrope_boundary:
         results.append(_long_gate(gates, reference, folder, semantics))
     return TargetResult(

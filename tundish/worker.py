@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from converters.chat import render_chat
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.child import exit_with_parent
 from tundish.digest import MatrixDigest
 from tundish.model import open_model
 from tundish.recipe import Recipe
@@ -42,7 +44,7 @@ class Request:
     sequences: str
     long_sequences: str | None
     tail: int
-    prompt: str | None
+    question: str
     max_tokens: int
 
 
@@ -70,9 +72,10 @@ def run(request: Request) -> None:
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
     emit("logits")
-    if request.prompt is not None:
-        answer = runtime.answer(request.prompt, request.max_tokens)
-        emit("answer", **asdict(answer))
+    if model.tokenizer.chat_template is not None:
+        # Here and not in the parent: a template is a program from the checkpoint, and this process has a time limit.
+        prompt = render_chat(model.tokenizer, [{"role": "user", "content": request.question}])
+        emit("answer", **asdict(runtime.answer(prompt, request.max_tokens)))
     if request.long_sequences is not None:
         for index, ids in enumerate(np.load(request.long_sequences)):
             logits = runtime.logits(ids.tolist())[-request.tail :]
@@ -88,4 +91,5 @@ def package_versions(modules: tuple[str, ...]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    exit_with_parent()
     run(Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,26 @@
+"""One tiny checkpoint and one unverified build of it for all tests here, which must not change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tundish.tiny import write_tiny_phi3  # imports torch, which few tests here need
+
+    return write_tiny_phi3(tmp_path_factory.mktemp("models") / "tiny phi3 ünïcode")
+
+
+@pytest.fixture(scope="session")
+def poured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four containers, int4, not verified."""
+    from tests.tundish.tiny import INT4, QUIET, write_recipe
+    from tundish.job import Choices, build
+
+    folder = tmp_path_factory.mktemp("poured")
+    recipe = write_recipe(folder / "int4.yaml", checkpoint, schemes=INT4)
+    build(Choices(str(recipe), out=folder / "out", verify=False), QUIET)
+    return folder / "out"

@@ -1,0 +1,302 @@
+"""The command line as scripts meet it: exit statuses, JSON that stands alone on stdout, errors as one paragraph."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from exporters.base import Target
+from tests.tundish.tiny import INT4, write_recipe
+from tundish import cli, doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def tundish(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; what native libraries print is caught too."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["tundish", *map(str, arguments)])
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            cli.main()
+            status: object = 0
+        except SystemExit as ending:
+            status = ending.code or 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        out, err = capfd.readouterr()
+        assert isinstance(status, int)
+        return Ended(status, out, err)
+
+    return run
+
+
+@pytest.fixture
+def gguf_recipe(checkpoint: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128, schemes=INT4)
+
+
+def require_refusal(ended: Ended, status: int, *said: str) -> None:
+    """That status, nothing on stdout, and an error of one line behind whatever progress was told."""
+    assert (ended.status, ended.out) == (status, ""), ended.err
+    paragraph = ended.err.splitlines()[-1]
+    assert paragraph.startswith("tundish: ")
+    assert "Traceback" not in ended.err
+    for words in said:
+        assert words in paragraph
+
+
+# ---- results ----
+
+
+def test_recipes_rows(tundish: Run) -> None:
+    names = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    ended = tundish("recipes")
+    header, *rows = ended.out.splitlines()
+    assert ended.status == 0
+    assert header.split() == ["recipe", "device", "containers", "scheme", "context", "what"]
+    assert [row.split()[0] for row in rows] == names
+    assert "phi35-mobile-int4 mobile gguf,onnx,mlx int4_g32" in {" ".join(row.split()[:4]) for row in rows}
+    listed = json.loads(tundish("recipes", "--json").out)
+    assert [row["name"] for row in listed] == names
+    assert all(set(row["targets"]) <= set(Target) and row["targets"] for row in listed)
+
+
+def test_a_recipe_resolved(tundish: Run) -> None:
+    text, document = (
+        tundish("recipes", "phi35-all-int4").out,
+        json.loads(tundish("recipes", "phi35-all-int4", "--json").out),
+    )
+    assert "extends" not in text and "default: int4_g32" in text
+    assert document["schemes"]["default"] == "int4_g32" and set(document["targets"]) == set(Target)
+
+
+def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, poured: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, schemes=INT4)
+    ended = tundish("plan", recipe, "--out", tmp_path / "out", "--json")
+    assert ended.status == 0
+    plan = json.loads(ended.out)
+    for target, entry in plan["targets"].items():
+        assert entry["files"] == {name: (poured / target / name).stat().st_size for name in entry["files"]}
+        assert entry["bytes"] == sum(path.stat().st_size for path in (poured / target).rglob("*") if path.is_file())
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml"}, "a plan writes nothing"
+    text = tundish("plan", recipe, "--out", tmp_path / "out").out
+    for row in plan["tensors"]:
+        assert row["name"] in text and f"{row['bytes']['gguf']:,}" in text
+    assert f"disk: {plan['disk']:,} bytes" in text
+
+
+def test_plan_names_a_group_that_does_not_divide_the_row(tundish: Run, checkpoint: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"onnx": {}}, schemes={"default": "int4_g64"})
+    rows = {row["name"]: row for row in json.loads(tundish("plan", recipe, "--json").out)["tensors"]}
+    down = rows["blocks.0.mlp_down"]  # rows of 96
+    assert (down["requested"], down["scheme"]) == ("int4_g64", "int4_g32")
+    assert "int4_g32 (asked for int4_g64: does not divide the row)" in tundish("plan", recipe).out
+
+
+def test_inspect(tundish: Run, checkpoint: Path, poured: Path) -> None:
+    rows = json.loads(tundish("inspect", checkpoint, "--json").out)
+    assert {"file", "name", "type", "shape", "bytes"} == set(rows[0])
+    assert {row["type"] for row in rows} == {"bfloat16"}
+    assert {row["file"].split("/")[0] for row in json.loads(tundish("inspect", poured, "--json").out)} == set(Target)
+    text = tundish("inspect", checkpoint).out
+    assert text.splitlines()[-1] == f"{len(rows)} tensors, {sum(row['bytes'] for row in rows):,} bytes"
+
+
+def test_doctor(tundish: Run) -> None:
+    """The real thing: each runtime starts in a process of its own."""
+    ended = tundish("doctor", "--json")
+    rows = {row["target"]: row for row in json.loads(ended.out)}
+    assert ended.status == 0 and set(rows) == set(Target)
+    for row in rows.values():
+        assert row["exports"] and (row["devices"] if row["verifies"] else row["mend"])
+
+
+def test_doctor_as_a_table(tundish: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = doctor.Examination("mlx", True, False, {}, [], "pip install 'tundish[mlx]'")
+    found = doctor.Examination("gguf", True, True, {"xllamacpp": "1.2"}, ["a CPU"], "")
+    monkeypatch.setattr(doctor, "examine", lambda: [found, missing])
+    header, first, second = tundish("doctor").out.splitlines()
+    assert header.split() == ["container", "export", "verify", "versions", "devices"]
+    assert first.split(maxsplit=3) == ["gguf", "yes", "yes", "xllamacpp 1.2  a CPU"]
+    assert "no: pip install 'tundish[mlx]'" in second
+
+
+def test_build_and_verify_as_json(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    recipe = json.loads(gguf_recipe.read_text())
+    recipe["verify"]["gates"] = {"stops": False}
+    gguf_recipe.write_text(json.dumps(recipe))
+    built = tundish("build", gguf_recipe, "--out", tmp_path / "out", "--no-verify", "--threads", 1, "--json")
+    assert built.status == 0, built.err
+    assert json.loads(built.out) == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert built.err.splitlines()[-1] == f"written: {tmp_path / 'out'}", "progress goes to stderr"
+    verified = tundish("verify", tmp_path / "out", "--json")
+    assert verified.status == 0, verified.err
+    manifest = json.loads(verified.out)
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["verification"]["gguf"]["passed"] is True
+
+
+def test_summary_of_a_build(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> None:
+    header, row = tundish("build", gguf_recipe, "--out", tmp_path / "out", "--no-verify").out.splitlines()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert header.split() == ["target", "bytes", "gate", "result", "figure", "threshold", "detail"]
+    assert row.split() == ["gguf", f"{manifest['targets']['gguf']['bytes']:,}", "–", "not", "verified"]
+    manifest["verification"] = {
+        "gguf": {
+            "gates": [
+                {"name": "kl", "passed": False, "figure": 0.5, "threshold": 0.25, "detail": "64 positions"},
+                {"name": "stops", "passed": None, "figure": None, "threshold": None, "detail": "no prompt"},
+            ]
+        }
+    }
+    _, first, second = cli._summary(manifest).splitlines()
+    assert first.split()[2:] == ["kl", "FAILED", "0.5", "0.25", "64", "positions"]
+    assert second.split() == ["stops", "not", "verified", "no", "prompt"]
+
+
+# ---- refusals ----
+
+
+def test_status_2_bad_usage(tundish: Run, gguf_recipe: Path, poured: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").touch()
+    require_refusal(tundish("build", "no-such-recipe", "--json"), 2, "unknown recipe 'no-such-recipe'")
+    require_refusal(tundish("recipes", "no-such-recipe", "--json"), 2, "expected one of")
+    require_refusal(tundish("build", gguf_recipe, "--target", "mlx"), 2, "has no target mlx", "expected gguf")
+    require_refusal(tundish("build", gguf_recipe, "--out", full, "--json"), 2, "files that tundish did not write")
+    require_refusal(tundish("build", gguf_recipe, "--out", gguf_recipe), 2, "--out is not a folder")
+    require_refusal(tundish("verify", full, "--json"), 2, "not a folder that tundish built")
+    require_refusal(tundish("inspect", tmp_path / "absent", "--json"), 2, "nothing there")
+    require_refusal(tundish("inspect", full), 2, "neither a checkpoint nor an artifact")
+    require_refusal(tundish("sample", full, "--json"), 2, "a new or an empty folder only")
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+def test_status_2_a_recipe_with_a_mistake_names_its_line(tundish: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("description: x\ndevice: any\nmodel: {source: here}\nschemas: {}\n")
+    require_refusal(tundish("plan", recipe, "--json"), 2, "unknown key 'schemas'", "r.yaml:4", "Did you mean schemes?")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["plan"], ["build", "r", "--threads", "0"], ["build", "r", "--target", "tflite"]]
+)
+def test_status_2_a_line_that_cannot_be_parsed(tundish: Run, arguments: list[str]) -> None:
+    ended = tundish(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert "Error: " in ended.err and "Traceback" not in ended.err
+
+
+def test_status_3_bad_model(tundish: Run, gguf_recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
+    require_refusal(tundish("plan", gguf_recipe, "--model", tmp_path / "absent", "--json"), 3, "no such folder")
+    require_refusal(tundish("plan", gguf_recipe, "--model", gguf_recipe), 3, "model is a file")
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint, cut)
+    shard = min(cut.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    out = tmp_path / "out"
+    ended = tundish("build", gguf_recipe, "--model", cut, "--out", out, "--json")
+    require_refusal(ended, 3, f"cut off ({shard.name})", "expected", "found", "Download the file again.")
+    require_refusal(tundish("inspect", cut, "--json"), 3, "cannot be read")
+    assert not out.exists()
+
+
+def test_status_4_a_gate_failed(tundish: Run, poured: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(poured, copy)
+    (copy / "mlx" / "config.json").write_text("{}")
+    require_refusal(tundish("verify", copy, "--json"), 4, "files differ from the manifest", "found mlx/config.json")
+
+
+def test_status_5_no_disk(tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tundish("build", gguf_recipe, "--out", gguf_recipe / "deep", "--json")
+    require_refusal(deep, 5, "cannot write", "r.yaml")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    require_refusal(tundish("build", gguf_recipe, "--out", tmp_path / "out", "--json"), 5, "not enough disk")
+
+
+# ---- signals and pipes ----
+
+# A shell's background job ignores SIGINT, and so would whatever pytest starts from one.
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tundish.cli import main; main()"
+
+
+def wait_for_worker(build: subprocess.Popen[str]) -> psutil.Process:
+    """The process of the runtime, once it runs our module."""
+    while build.poll() is None:
+        for child in psutil.Process(build.pid).children():
+            if "tundish.worker" in child.cmdline():
+                time.sleep(0.2)  # for the parent to return from starting it
+                return child
+        time.sleep(0.01)
+    raise AssertionError("the build ended before a runtime was started")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-c", START, "build", str(gguf_recipe), "--out", str(tmp_path / "out"), "--threads", "1"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        said = list(itertools.takewhile(lambda line: line != "gguf: opening in its runtime\n", process.stderr))
+        worker = wait_for_worker(process)
+        worker.suspend()  # so that it is at work for as long as this takes
+        process.send_signal(number)
+        said += process.stderr.readlines()
+        assert process.stdout.read() == ""
+    assert process.returncode == 128 + number
+    assert said[-1] == "tundish: interrupted; nothing was published.\n"
+    assert not any("Traceback" in line for line in said)
+    assert not worker.is_running(), "the runtime's process outlived the build"
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "scratch"}
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_left_is_no_crash() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", "tundish", "recipes", "--json"]
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=errors, check=False)
+        os.close(write)
+        errors.seek(0)
+        assert errors.read() == ""
+    assert done.returncode == 1
