@@ -16,6 +16,7 @@ import typer
 
 from converters.errors import TundishError
 from exporters.base import Target
+from tundish.disk import disk_errors
 
 if TYPE_CHECKING:
     from tundish.job import Watcher
@@ -270,8 +271,6 @@ def watcher() -> Iterator[Watcher]:
 
 def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
-    from tundish.pour import disk_errors
-
     with disk_errors(Path("standard output")):
         print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document), flush=True)
 

@@ -17,11 +17,12 @@ from converters.quantize.tensor import F32
 from converters.source import Source, resolve_source, source_digest
 from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
+from tundish.disk import disk_errors
 from tundish.manifest import build_manifest, file_record, verification_record
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.plan import Plan, make_plan, require_resources
-from tundish.pour import disk_errors, pour
+from tundish.pour import pour
 from tundish.publish import files_in, publish, require_replaceable, staging
 from tundish.recipe import CalibrationSource, Recipe, load_recipe, recipe_digest
 from tundish.report import write_report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,32 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.errors import ResourceError
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
 from converters.quantize.tensor import F32
 from exporters.base import Layout, Place, Target
 from tundish.digest import MatrixDigest
+from tundish.disk import disk_errors
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024  # bounds the memory of a pour: a float32 block of 16 MiB and its quantized forms
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError below into a ResourceError that says what is needed."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        mend = {
-            errno.ENOSPC: "Free space or choose another --out; `tundish plan` prints what is needed.",
-            errno.EDQUOT: "The quota is used up; choose another --out.",
-            errno.EACCES: "Choose an --out that you may write to.",
-            errno.EROFS: "The file system is read-only; choose another --out.",
-        }.get(error.errno or 0, "Check the disk and the permissions of --out.")
-        where = str(error.filename or folder)
-        raise ResourceError(f"cannot write: {error.strerror or error}", where=where, mend=mend) from error
 
 
 def pour(

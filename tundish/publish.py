@@ -11,8 +11,8 @@ from pathlib import Path
 
 from converters.errors import UsageError
 from exporters.base import Target
+from tundish.disk import disk_errors
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest
-from tundish.pour import disk_errors
 
 
 def require_replaceable(out: Path, targets: Iterable[Target]) -> None:

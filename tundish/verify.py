@@ -29,12 +29,13 @@ from converters.tokenizer_json import ensure_tokenizer_json
 from exporters.base import Exporter, Model, Semantics, Target
 from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
+from tundish.disk import disk_errors
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
-from tundish.pour import disk_errors
 from tundish.recipe import Gates, Recipe
 from tundish.worker import Request
 
+LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _MAX_SPECIAL_TEXTS = 64
 
@@ -236,8 +237,13 @@ def _verify_target(
     settings = recipe.verify.for_target(exporter.target)
     sequences = reference.sequences[: settings.text.sequences, : settings.text.length]
     np.save(folder / "sequences.npy", sequences)
-    if reference.long_sequences is not None:
-        np.save(folder / "long.npy", reference.long_sequences)
+    semantics = exporter.semantics(model, recipe.targets[exporter.target])
+    beyond = reference.long_sequences
+    if beyond is not None:
+        claimed = semantics.exact_from <= beyond.shape[1] <= semantics.exact_to
+        beyond = beyond if claimed and settings.gates.longrope_boundary else None
+    if beyond is not None:
+        np.save(folder / "long.npy", beyond)
     request = Request(
         target=exporter.target,
         artifact=str(artifact),
@@ -246,7 +252,7 @@ def _verify_target(
         folder=str(folder),
         texts=list(reference.texts),
         sequences=str(folder / "sequences.npy"),
-        long_sequences=None if reference.long_sequences is None else str(folder / "long.npy"),
+        long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
         question=settings.answer.prompt,
         max_tokens=settings.answer.max_tokens,
@@ -267,7 +273,6 @@ def _verify_target(
         results.append(_codes_gate(digests, events["codes"]["digests"]))
     if "tokens" in events:
         results.append(_tokens_gate(gates, reference, events["tokens"]["ids"]))
-    semantics = exporter.semantics(model, recipe.targets[exporter.target])
     if "logits" in events:
         divergence = _divergence(reference.logits, sequences, folder, "logits")
         if semantics.exact_from <= sequences.shape[1] <= semantics.exact_to:
@@ -280,8 +285,10 @@ def _verify_target(
         results.append(Gate("stops", answer["stopped"], detail=detail))
     elif gates.stops and model.tokenizer.chat_template is None:
         results.append(Gate("stops", None, detail="the model has no chat template"))
-    if "long" in events and reference.long_sequences is not None and gates.longrope_boundary:
-        results.append(_long_gate(gates, reference, folder, semantics))
+    if "long" in events:
+        results.append(_long_gate(gates, reference, folder))
+    elif reference.long_sequences is not None and beyond is None:
+        results.append(Gate(LONG_GATE, None, detail="not asked for by the recipe, or not claimed by the artifact"))
     return TargetResult(
         exporter.target,
         tuple(results),
@@ -355,12 +362,8 @@ def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
     return Gate("kl", None, divergence.kl_mean, detail=detail)
 
 
-def _long_gate(gates: Gates, reference: Reference, folder: Path, semantics: Semantics) -> Gate:
+def _long_gate(gates: Gates, reference: Reference, folder: Path) -> Gate:
     assert reference.long_sequences is not None
     divergence = _divergence(reference.long_logits, reference.long_sequences, folder, "long")
-    length = reference.long_sequences.shape[1]
-    name = "kl past the LongRoPE boundary"
-    if not semantics.exact_from <= length <= semantics.exact_to:
-        return Gate(name, None, divergence.kl_mean, detail=_outside(divergence, length, semantics).detail)
-    detail = f"last {divergence.positions} positions of {length}"
-    return Gate(name, _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail)
+    detail = f"last {divergence.positions} positions of {reference.long_sequences.shape[1]}"
+    return Gate(LONG_GATE, _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail)

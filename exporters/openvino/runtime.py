@@ -44,7 +44,8 @@ class OpenvinoRuntime:
                 "attention_mask": np.ones((1, length), np.int64),
                 "position_ids": np.arange(length, dtype=np.int64)[None],
                 "beam_idx": np.zeros(1, np.int32),
-            }
+            },
+            share_outputs=True,  # of a long text and a large vocabulary the logits take gigabytes: one copy is enough
         )
         return np.array(outputs[0][0], np.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ def test_the_network_and_the_pipeline_are_never_open_together(tmp_path, monkeypa
     runtime = EXPORTER.open(write_artifact(model, tmp_path), OpenvinoOptions())
     opened: list[tuple[str, weakref.ref[object]]] = []
 
-    def watched(name, make):
-        def open_one(*arguments, **settings):
+    def watched(name: str, make: Callable[..., object]) -> Callable[..., object]:
+        def open_one(*arguments: object, **settings: object) -> object:
             assert [other for other, alive in opened if alive() is not None] == []
             made = make(*arguments, **settings)
             opened.append((name, weakref.ref(made)))

@@ -1,0 +1,28 @@
+"""What a disk refuses, told so that a user can mend it. A module of its own, light enough for the command line."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from converters.errors import ResourceError
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError below into a ResourceError that says what is needed."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        mend = {
+            errno.ENOSPC: "Free space or choose another --out; `tundish plan` prints what is needed.",
+            errno.EDQUOT: "The quota is used up; choose another --out.",
+            errno.EACCES: "Choose an --out that you may write to.",
+            errno.EROFS: "The file system is read-only; choose another --out.",
+        }.get(error.errno or 0, "Check the disk and the permissions of --out.")
+        where = str(error.filename or folder)
+        raise ResourceError(f"cannot write: {error.strerror or error}", where=where, mend=mend) from error
