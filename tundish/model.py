@@ -7,6 +7,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from converters.errors import UsageError
 from converters.generation import read_generation
 from converters.load import load_graph
 from converters.passes.assign import assign_schemes
@@ -21,6 +22,8 @@ _CARD_LIMIT = 16384  # characters of a model card that are looked at; its head i
 
 def find_source(model: str, revision: str | None) -> Source:
     """The checkpoint folder of a path, a Hub id or the word `sample`, downloaded or made if need be."""
+    if not model.strip():
+        raise UsageError("no model given", expected="a folder, a Hub id or `sample`", found=repr(model))
     if model == SAMPLE:
         from tundish.sample import cached_sample  # its dependencies are needed for the sample alone
 

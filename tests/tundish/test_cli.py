@@ -289,6 +289,26 @@ def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_re
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_job_started_by_nohup_stays_deaf_to_hangups(tundish: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+
+    def examine() -> list[doctor.Examination]:
+        during.append(signal.getsignal(signal.SIGHUP))
+        return []
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert tundish("doctor").status == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert tundish("doctor").status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert during[0] is signal.SIG_IGN
+    assert during[1] not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_a_reader_that_left_is_no_crash() -> None:
     read, write = os.pipe()

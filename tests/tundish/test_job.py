@@ -167,6 +167,8 @@ def test_wrong_targets_and_models(checkpoint: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}))
     with pytest.raises(UsageError, match="has no target mlx"):
         build(Choices(recipe, targets=[Target.MLX]), QUIET)
+    with pytest.raises(UsageError, match="no model given"):
+        build(Choices(recipe, model=" "), QUIET)
     with pytest.raises(ModelError):
         build(Choices(recipe, model=str(tmp_path / "absent"), out=tmp_path / "out"), QUIET)
     assert not (tmp_path / "out").exists()
