@@ -146,7 +146,7 @@ class Runtime(Protocol):
 
 
 class Exporter(Protocol):
-    """One container. Implemented by a module-level object named EXPORTER in exporters/<target>/__init__.py's module."""
+    """One container. Each exporters/<target>/exporter.py has an object EXPORTER that implements it."""
 
     target: Target
     options: type[TargetOptions]

@@ -299,9 +299,10 @@ def _verify_target(
 
 
 def _read_events(path: Path) -> dict[str, dict[str, Any]]:
+    """The steps that the child finished; a line that it was killed in the middle of is none."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     return {event["step"]: event for event in map(json.loads, lines)}
 
 

@@ -172,3 +172,8 @@ def test_wrong_targets_and_models(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         build(Choices(recipe, model=str(tmp_path / "absent"), out=tmp_path / "out"), QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_child_killed_while_it_wrote_a_line(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"step": "codes", "digests": {}}\n{"step": "tokens", "ids": [[1, ')
+    assert verify._read_events(tmp_path / "events.jsonl") == {"codes": {"step": "codes", "digests": {}}}
