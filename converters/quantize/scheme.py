@@ -16,6 +16,7 @@ class NumberType(Enum):
     FLOAT = "float"  # IEEE 754 binary16 or binary32, by `bits`
     BFLOAT = "bfloat"
     INT = "int"
+    GGML = "ggml"  # one of llama.cpp's own block types, by the scheme's name: GGUF alone can hold it
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Scheme:
     """Storage of one tensor.
 
     `group_size` counts input-axis elements that share one scale: None for floats, 0 for one scale per output channel
-    (the whole row). An integer scheme stores `value = scale * (code - zero)`, zero = 2**(bits-1) when symmetric.
+    (the whole row). An integer scheme stores `value = scale * (code - zero)`, zero = 2**(bits-1) when symmetric. A GGML
+    scheme stores what its block type says (converters.quantize.ggml); there `group_size` is the values in a block.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Scheme:
     def is_integer(self) -> bool:
         return self.type is NumberType.INT
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a quantizer chooses the numbers; floats are only rounded."""
+        return self.type in (NumberType.INT, NumberType.GGML)
+
     def group_size_for(self, row: int) -> int:
         """The number of input-axis elements per scale in a row of `row` elements."""
         assert self.group_size is not None
@@ -44,6 +51,10 @@ class Scheme:
 
 def _int(name: str, bits: int, group_size: int, symmetric: bool = True) -> Scheme:
     return Scheme(name, NumberType.INT, bits, symmetric, group_size)
+
+
+def _ggml(name: str, bits: int, block: int, symmetric: bool = True) -> Scheme:
+    return Scheme(name, NumberType.GGML, bits, symmetric, block)
 
 
 FP32 = Scheme("fp32", NumberType.FLOAT, 32)
@@ -64,6 +75,18 @@ SCHEMES: dict[str, Scheme] = {
         _int("int4_asym_g32", 4, 32, symmetric=False),
         _int("int4_asym_g64", 4, 64, symmetric=False),
         _int("int4_asym_g128", 4, 128, symmetric=False),
+        _ggml("q4_0", 4, 32),
+        _ggml("q4_1", 4, 32, symmetric=False),
+        _ggml("q5_0", 5, 32),
+        _ggml("q5_1", 5, 32, symmetric=False),
+        _ggml("q8_0", 8, 32),
+        _ggml("iq4_nl", 4, 32),
+        _ggml("iq4_xs", 4, 256),
+        _ggml("q2_k", 2, 256, symmetric=False),
+        _ggml("q3_k", 3, 256),
+        _ggml("q4_k", 4, 256, symmetric=False),
+        _ggml("q5_k", 5, 256, symmetric=False),
+        _ggml("q6_k", 6, 256),
     )
 }
 

@@ -62,4 +62,22 @@ class QuantTensor:
         return QuantTensor(self.codes, np.repeat(self.scale, repeat, axis=1), zero, self.bits)
 
 
-Tensor = QuantTensor | FloatArray
+@dataclass(frozen=True, slots=True, eq=False)
+class GgmlTensor:
+    """A block of rows in one of llama.cpp's own block types, which no other container holds.
+
+    type:   the scheme's name, "q4_k" for example
+    blocks: u8[out, bytes of a row], blocks in row order, as a GGUF file stores them
+    width:  values in a row
+    """
+
+    type: str
+    blocks: U8
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape[0], self.width
+
+
+Tensor = QuantTensor | GgmlTensor | FloatArray
