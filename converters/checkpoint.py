@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.errors import ModelError
 from converters.json_file import MAX_NBYTES, Json, parse_json, read_json, regular_size
-from converters.quantize.tensor import F32, FloatArray
+from converters.quantize.tensor import FloatArray
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_DIMS = 8  # far more than any weight has; a header must not make us multiply a million sizes
@@ -106,11 +106,6 @@ class RowView:
 
     def read(self, start: int, stop: int) -> FloatArray:
         return self.base.read(self.start + start, self.start + stop)
-
-
-def read_float32(source: TensorSource) -> F32:
-    """The whole tensor as float32."""
-    return source.read(0, source.shape[0]).astype(np.float32, copy=False)
 
 
 def open_checkpoint(folder: Path) -> Mapping[str, LazyTensor]:

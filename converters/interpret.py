@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.checkpoint import read_float32
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
-from converters.ops import OPS
+from converters.ops import OPS, Rows
+from converters.quantize.kernels import widen
 from converters.quantize.tensor import F32
 
 
-def read_weight(weight: Weight) -> F32:
-    """The checkpoint's own numbers, whatever the weight's scheme."""
-    return read_float32(weight.source)
+@dataclass(frozen=True, slots=True)
+class WeightRows:
+    """The checkpoint's own numbers, whatever the weight's scheme, read as they are asked for."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def __getitem__(self, rows: slice) -> F32:
+        start, stop, _ = rows.indices(self.weight.shape[0])
+        return widen(self.weight.source.read(start, stop))[0]
 
 
 def interpret(
     graph: Graph,
     token_ids: NDArray[np.int64],
-    read: Callable[[Weight], F32] = read_weight,
+    read: Callable[[Weight], Rows] = WeightRows,
     stop_at: str = LOGITS,
     observe: Callable[[Node, Sequence[np.ndarray]], None] = lambda node, inputs: None,
 ) -> F32:
     """Logits f32[batch, length, vocab] for token_ids i64[batch, length], or the value named `stop_at`.
 
-    Weights are read as they are needed and let go at once: memory holds one weight and the live activations. `read`
+    Rows of weights are read as they are needed and let go at once: memory holds the live activations. `read`
     chooses the numbers: the checkpoint's, or dequantized ones to see what a scheme costs. `observe` is shown every node
     with its inputs, which it must not change.
     """

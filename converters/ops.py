@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from converters.rope import apply_rope, cos_sin
 Shape = tuple[int, ...]
 
 MAX_SCORES = 1 << 23  # attention scores held at once: 32 MB
+MAX_WEIGHTS = 1 << 22  # numbers of a matrix held at once: 16 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +73,22 @@ class Add(Op):
     """The residual sum."""
 
 
+class Rows(Protocol):
+    """A weight of which a reference takes rows as it needs them: an array, or one that still lies on disk."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def __getitem__(self, rows: slice, /) -> F32: ...
+
+
 @dataclass(frozen=True, slots=True)
 class OpSpec:
     """One row of the table. `reference(op, inputs, weights)` returns the value as float32."""
 
     arity: int
     shape: Callable[[Op, Sequence[Shape], Sequence[Shape]], Shape]
-    reference: Callable[[Op, Sequence[np.ndarray], Sequence[F32]], F32]
+    reference: Callable[[Op, Sequence[np.ndarray], Sequence[Rows]], F32]
 
 
 def _require(op: Op, rule: str, fulfilled: bool, found: object) -> None:
@@ -90,8 +101,10 @@ def _embedding_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) 
     return *inputs[0], weights[0][1]
 
 
-def _embedding(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
-    rows: F32 = weights[0][inputs[0]]
+def _embedding(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
+    token_ids, where = np.unique(inputs[0], return_inverse=True)
+    table = np.concatenate([weights[0][token : token + 1] for token in token_ids.tolist()])
+    rows: F32 = table[where.reshape(inputs[0].shape)]
     return rows
 
 
@@ -100,11 +113,11 @@ def _rms_norm_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -
     return inputs[0]
 
 
-def _rms_norm(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
+def _rms_norm(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     assert isinstance(op, RmsNorm)
     x = inputs[0]
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
-    normed: F32 = x / np.sqrt(mean_square + np.float32(op.epsilon)) * weights[0]
+    normed: F32 = x / np.sqrt(mean_square + np.float32(op.epsilon)) * weights[0][:]
     return normed
 
 
@@ -114,13 +127,17 @@ def _linear_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -> 
     return *inputs[0][:-1], sum(w[0] for w in weights)
 
 
-def _linear(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
+def _linear(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     x = inputs[0].reshape(-1, inputs[0].shape[-1])
     out = np.empty((x.shape[0], sum(w.shape[0] for w in weights)), np.float32)
-    start = 0
+    first = 0
+    step = max(1, MAX_WEIGHTS // x.shape[1])
     for weight in weights:
-        np.matmul(x, weight.T, out=out[:, start : start + weight.shape[0]])
-        start += weight.shape[0]
+        rows = weight.shape[0]
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            out[:, first + start : first + stop] = (weight[start:stop] @ x.T).T  # a fourth faster than x @ rows.T
+        first += rows
     return out.reshape(*inputs[0].shape[:-1], out.shape[1])
 
 
@@ -132,7 +149,7 @@ def _attention_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) 
     return *inputs[0][:-1], op.num_heads * op.head_dim
 
 
-def _attention(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
+def _attention(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     assert isinstance(op, Attention)
     batch, length, _ = inputs[0].shape
     heads, kv_heads, dim = op.num_heads, op.num_kv_heads, op.head_dim
@@ -184,7 +201,7 @@ def _swiglu_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -> 
     return *inputs[0][:-1], inputs[0][-1] // 2
 
 
-def _swiglu(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
+def _swiglu(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     gate, up = np.split(inputs[0], 2, axis=-1)
     out: F32 = np.negative(gate)
     with np.errstate(over="ignore"):  # exp(-gate) is infinite below -88, and silu rightly 0
@@ -200,7 +217,7 @@ def _add_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -> Sha
     return inputs[0]
 
 
-def _add(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[F32]) -> F32:
+def _add(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     out: F32 = inputs[0] + inputs[1]
     return out
 

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
-from converters.checkpoint import read_float32
 from converters.config import RopeKind
 from converters.errors import ModelError
-from converters.interpret import interpret
+from converters.interpret import WeightRows, interpret
+from converters.ops import OPS, Linear
 from converters.quantize.tensor import F32
 from converters.source import Source
 from converters.tokenizer import TokenType
@@ -209,11 +209,11 @@ def _reference_logits(
     """Save float32 logits [length or tail, vocab] of each sequence; the head runs on one sequence at a time."""
     head = model.graph.nodes[-1]
     hidden = interpret(model.graph, sequences, stop_at=head.inputs[0])
-    weight = read_float32(model.graph.weights[head.op.weights[0]].source)
+    weights = [WeightRows(model.graph.weights[name]) for name in head.op.weights]
     paths = []
     for index, states in enumerate(hidden):
         path = folder / f"{stem}-{index}.npy"
-        np.save(path, states[-tail if tail else None :] @ weight.T)
+        np.save(path, OPS[Linear].reference(head.op, [states[-tail if tail else None :]], weights))
         paths.append(path)
     return tuple(paths)
 

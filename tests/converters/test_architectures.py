@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converters.config import ModelConfig, RopeKind
 from converters.errors import ModelError
 from converters.graph import Graph, Weight
-from converters.interpret import interpret, read_weight
+from converters.interpret import WeightRows, interpret
 from converters.load import ARCHITECTURES, load_graph
 from converters.ops import Attention
 from converters.quantize.tensor import F32
@@ -80,7 +80,7 @@ def test_the_proof_would_notice(tmp_path: Path) -> None:
 def test_fused_projections_are_views_of_one_tensor(tmp_path: Path) -> None:
     graph = load_graph(tiny_models.make_checkpoint("phi3_medium_gqa", tmp_path))
     names = ("attn_q", "attn_k", "attn_v")
-    parts = [read_weight(graph.weights[f"blocks.1.{name}"]) for name in names]
+    parts = [WeightRows(graph.weights[f"blocks.1.{name}"])[:] for name in names]
     assert [part.shape for part in parts] == [(64, 64), (32, 64), (32, 64)]
     assert [graph.weights[f"blocks.1.{name}"].role for name in names] == [Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V]
     fused = load_file(tmp_path)["model.layers.1.self_attn.qkv_proj.weight"]
@@ -133,13 +133,13 @@ def test_weights_can_be_read_from_elsewhere(tmp_path: Path) -> None:
     graph = load_graph(tiny_models.make_checkpoint("llama2", tmp_path))
 
     def silent_head(weight: Weight) -> F32:
-        return read_weight(weight) * np.float32(weight.role is not Role.LM_HEAD)
+        return WeightRows(weight)[:] * np.float32(weight.role is not Role.LM_HEAD)
 
     ids = token_ids(graph, 5)
     assert not interpret(graph, ids, silent_head).any()
     hidden = interpret(graph, ids, stop_at="final_normed")
     assert hidden.shape == (2, 5, 64)
-    assert np.allclose(hidden @ read_weight(graph.weights["lm_head"]).T, interpret(graph, ids), atol=1e-5)
+    assert np.allclose(hidden @ WeightRows(graph.weights["lm_head"])[:].T, interpret(graph, ids), atol=1e-5)
 
 
 @pytest.mark.slow
