@@ -9,41 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from exporters.options import Activations as Activations
+from exporters.options import TargetOptions as TargetOptions
+from exporters.target import Target as Target
 
-if TYPE_CHECKING:  # recipes and the command line's help import this module, and need no numpy for it
+if TYPE_CHECKING:  # what an exporter handles; importing this module needs none of it
     from converters.graph import Graph
     from converters.quantize.tensor import F32, U8, Tensor
     from converters.tokenizer import Tokenizer
-
-
-class Target(StrEnum):
-    """The containers, under the names that recipes and folders use."""
-
-    GGUF = "gguf"
-    ONNX = "onnx"
-    OPENVINO = "openvino"
-    MLX = "mlx"
-
-
-class Activations(StrEnum):
-    """The float type a runtime computes in, where the container states one."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
-class TargetOptions(BaseModel):
-    """Options common to all containers. An exporter extends it with its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    activations: Activations | None = None  # None: what the container's users expect
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +28,7 @@ class Model:
 
     `context_length` is the recipe's context, at most the model's. `sampling` holds generation_config.json's defaults
     (temperature, top_k, top_p, do_sample), `name` a human title such as "Phi-3.5-mini-instruct", `licence` its SPDX id
-    if the model card states one.
+    if the model card states one. `mix` names the mix of GGML types that chose the schemes, if one did.
     """
 
     graph: Graph
@@ -61,6 +37,7 @@ class Model:
     name: str
     licence: str | None = None
     sampling: Mapping[str, float | int | bool] = field(default_factory=dict)
+    mix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

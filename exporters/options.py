@@ -5,9 +5,25 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from exporters.base import Target, TargetOptions
+from exporters.target import Target
+
+
+class Activations(StrEnum):
+    """The float type a runtime computes in, where the container states one."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class TargetOptions(BaseModel):
+    """Options common to all containers. An exporter extends it with its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    activations: Activations | None = None  # None: what the container's users expect
 
 
 class GgufOptions(TargetOptions):

@@ -9,19 +9,20 @@ import numpy as np
 
 from converters.errors import ModelError
 from converters.graph import Weight
+from converters.quantize.ggml.types import GGML_TYPES
+from converters.quantize.kernels import widen
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import NumberType, Scheme
-from converters.quantize.tensor import F32, FloatArray, QuantTensor, Tensor
+from converters.quantize.tensor import F32, FloatArray, GgmlTensor, QuantTensor, Tensor
 
 
 def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None = None) -> Tensor:
     """Rows [start, stop) under the weight's scheme; ModelError names a tensor with NaN, Inf or too large values.
 
-    importance: f32[in] of the weight's columns, for integer schemes.
+    importance: f32[in] of the weight's columns, for schemes that are quantized.
     """
-    rows = weight.source.read(start, stop)
-    values = rows.astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
+    values, finite = widen(weight.source.read(start, stop))
+    if not finite:
         bad = np.argwhere(~np.isfinite(values))[0]
         at = [int(bad[0]) + start, *map(int, bad[1:])]
         raise ModelError(
@@ -31,9 +32,9 @@ def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None 
             found=str(values[tuple(bad)]),
             mend="The checkpoint is damaged or its training diverged: download it again or use another.",
         )
-    if weight.scheme.is_integer:
+    if weight.scheme.is_quantized:
         try:
-            return quantize_rtn(values, weight.scheme, importance)
+            return _quantize(values, weight.scheme, importance)
         except OverflowError as error:
             raise ModelError(
                 "weights too large for fp16 scales",
@@ -42,6 +43,13 @@ def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None 
                 mend="The checkpoint is damaged, or its weights need fp32 for this role.",
             ) from error
     return _cast(weight, values, weight.scheme)
+
+
+def _quantize(values: F32, scheme: Scheme, importance: F32 | None) -> QuantTensor | GgmlTensor:
+    if scheme.is_integer:
+        return quantize_rtn(values, scheme, importance)
+    blocks = GGML_TYPES[scheme.name].quantize(values, importance)
+    return GgmlTensor(scheme.name, blocks, values.shape[1])
 
 
 def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:
@@ -67,7 +75,9 @@ def _place(weight: Weight) -> str:
 
 
 def dequantize(tensor: Tensor) -> F32:
-    """The exact float32 values of a stored tensor."""
+    """The exact float32 values of a stored tensor, -0 as 0: containers differ in the sign of their zeros."""
     if isinstance(tensor, QuantTensor):
         return tensor.dequantize()
-    return tensor.astype(np.float32, copy=False)
+    if isinstance(tensor, GgmlTensor):
+        return GGML_TYPES[tensor.type].dequantize(tensor.blocks) + np.float32(0)
+    return tensor.astype(np.float32) + np.float32(0)

@@ -98,13 +98,28 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+# What llama-quantize stores where a block's values do not divide the row: tensor_type_fallback in llama-quant.cpp.
+_GGML_FALLBACKS = {
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}
+
+
 def resolve_scheme(scheme: Scheme, row: int) -> Scheme:
     """The scheme a row of `row` elements really gets.
 
     Rule: a group size that does not divide the row is halved until it does, down to 32; a row that 32 does not divide
     is stored in fp16. Schemes with one scale per channel and floats always fit, but for an int row that no container
-    can group by 32: also fp16.
+    can group by 32: also fp16. A GGML type of 256 values a block becomes the one of 32 that llama-quantize takes.
     """
+    if scheme.type is NumberType.GGML:
+        if row % MIN_GROUP_SIZE:
+            return FP16
+        return scheme if row % scheme.group_size_for(row) == 0 else SCHEMES[_GGML_FALLBACKS[scheme.name]]
     if not scheme.is_integer:
         return scheme
     if row % MIN_GROUP_SIZE:

@@ -9,7 +9,6 @@ from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from exporters.base import Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.gguf import examine
-from exporters.gguf.context import semantics
 from exporters.options import GgufOptions
 
 FILE = "model.gguf"
@@ -44,6 +43,8 @@ class GgufExporter:
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         """How llama.cpp, opening this file, treats LongRoPE, the context limit and the sliding window."""
+        from exporters.gguf.context import semantics
+
         return semantics(model)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
 
+from converters.quantize.scheme import Scheme
 from exporters.base import BigFile, Layout, Model, Place
 from exporters.gguf.entry import Entry
 from exporters.gguf.metadata import metadata
-from exporters.gguf.pack import PACKERS, interleaving
+from exporters.gguf.pack import interleaving, packer
 from exporters.gguf.tensors import GgufTensor, architecture, gguf_tensors
 from exporters.gguf.vocab import tokenizer_metadata
 
@@ -30,14 +31,14 @@ def gguf_layout(model: Model, file: str) -> Layout:
             fixed.append((offset, tensor.constant.astype("<f4").tobytes()))
         start = offset
         for part in tensor.parts:
-            places[part.name] = [_place(tensor, file, start)]
+            places[part.name] = [_place(tensor, part.scheme, file, start)]
             start += part.shape[0] * tensor.row_nbytes
         offset = _aligned(offset + tensor.nbytes)
     return Layout(big={file: BigFile(offset, tuple(fixed))}, places=places, small={})
 
 
-def _place(tensor: GgufTensor, file: str, offset: int) -> Place:
-    pack = PACKERS[tensor.type]
+def _place(tensor: GgufTensor, scheme: Scheme, file: str, offset: int) -> Place:
+    pack = packer(scheme)
     if tensor.head_dim is None:
         return Place(file, offset, tensor.row_nbytes, pack)
     return Place(file, offset, tensor.row_nbytes, interleaving(pack, tensor.head_dim), tensor.head_dim)

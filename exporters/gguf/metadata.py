@@ -24,6 +24,15 @@ FILE_TYPES: dict[GGMLQuantizationType, LlamaFileType] = {
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
+    GGMLQuantizationType.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
+    GGMLQuantizationType.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
+    GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K,
+    GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_S,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_S,
+    GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_S,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
 }
 
 
@@ -44,9 +53,16 @@ def _general(model: Model, arch: str, tensors: Sequence[GgufTensor]) -> Iterator
     yield string("general.size_label", size_label(count, count, 0, 0))
     if model.licence:
         yield string("general.license", model.licence)
-    yield u32("general.file_type", FILE_TYPES[_prevailing_type(tensors)])
+    yield u32("general.file_type", _file_type(model, tensors))
     yield u32("general.quantization_version", GGML_QUANT_VERSION)
     yield from _sampling(model)
+
+
+def _file_type(model: Model, tensors: Sequence[GgufTensor]) -> LlamaFileType:
+    """The mix by its name, whatever its fallbacks left of it, as llama-quantize does; else what prevails."""
+    if model.mix is not None:
+        return LlamaFileType[f"MOSTLY_{model.mix.upper()}"]
+    return FILE_TYPES[_prevailing_type(tensors)]
 
 
 def _prevailing_type(tensors: Sequence[GgufTensor]) -> GGMLQuantizationType:

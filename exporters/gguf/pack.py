@@ -1,7 +1,7 @@
 """Packing rows into GGML blocks: pure functions on blocks of rows, never quantizing again.
 
 Block layouts are those of ggml-common.h (block_q4_0, block_q4_1, block_q8_0): 32 values of one row a block, blocks in
-row order, fp16 little-endian.
+row order, fp16 little-endian. Tensors of GGML schemes are blocks already.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numba import njit
 from numpy.typing import NDArray
 
 from converters.quantize.scheme import NumberType, Scheme
-from converters.quantize.tensor import F16, U8, QuantTensor, Tensor
+from converters.quantize.tensor import F16, U8, GgmlTensor, QuantTensor, Tensor
 
 BLOCK = 32  # values in a block of each integer type used here
 
-# (type of number, bits, symmetric) -> how GGML stores it.
-GGML_TYPES: dict[tuple[NumberType, int, bool], GGMLQuantizationType] = {
+# (type of number, bits, symmetric) -> how GGML stores it, for schemes that other containers know too.
+COMMON_TYPES: dict[tuple[NumberType, int, bool], GGMLQuantizationType] = {
     (NumberType.FLOAT, 32, True): GGMLQuantizationType.F32,
     (NumberType.FLOAT, 16, True): GGMLQuantizationType.F16,
     (NumberType.BFLOAT, 16, True): GGMLQuantizationType.BF16,
@@ -32,7 +33,9 @@ GGML_TYPES: dict[tuple[NumberType, int, bool], GGMLQuantizationType] = {
 
 def ggml_type(scheme: Scheme) -> GGMLQuantizationType | None:
     """The GGML type that holds a scheme's numbers exactly; None if there is none."""
-    return GGML_TYPES.get((scheme.type, scheme.bits, scheme.symmetric))
+    if scheme.type is NumberType.GGML:
+        return GGMLQuantizationType[scheme.name.upper()]
+    return COMMON_TYPES.get((scheme.type, scheme.bits, scheme.symmetric))
 
 
 def row_nbytes(kind: GGMLQuantizationType, width: int) -> int:
@@ -47,22 +50,32 @@ def _quantized(tensor: Tensor) -> QuantTensor:
     return tensor.regroup(BLOCK)
 
 
-def _fp16_bytes(scale: F16) -> U8:
-    """u8[out, groups, 2]"""
-    return scale.astype("<f2")[:, :, None].view(np.uint8)
+def _four_bit_blocks(quant: QuantTensor, *header: F16) -> U8:
+    """u8[out * in/32 * block]: fp16 numbers of each group, then byte j holds code j low and code j + 16 high."""
+    rows, groups = quant.scale.shape
+    numbers = np.stack(header, axis=-1).astype("<f2", copy=False).view(np.uint8)
+    codes = np.ascontiguousarray(quant.codes).reshape(rows, groups, 2, BLOCK // 2)
+    return _fill(numbers, codes).reshape(-1)
 
 
-def _nibbles(codes: U8) -> U8:
-    """u8[out, in] of 0 ... 15 -> u8[out, in/32, 16]: byte j of a block holds value j low and value j + 16 high."""
-    halves = codes.reshape(codes.shape[0], -1, 2, BLOCK // 2)
-    return halves[:, :, 0] | halves[:, :, 1] << np.uint8(4)
+@njit(cache=True, nogil=True)
+def _fill(header: U8, codes: U8) -> U8:  # pragma: no cover
+    rows, groups, start = header.shape
+    blocks = np.empty((rows, groups, start + 16), np.uint8)
+    for row in range(rows):
+        for group in range(groups):
+            for j in range(start):
+                blocks[row, group, j] = header[row, group, j]
+            for j in range(16):
+                blocks[row, group, start + j] = codes[row, group, 0, j] | codes[row, group, 1, j] << np.uint8(4)
+    return blocks
 
 
 def pack_q4_0(tensor: Tensor) -> U8:
     """Q4_0: fp16 d, 16 bytes of codes; value = d * (code - 8). u8[out * in/32 * 18]."""
     quant = _quantized(tensor)
     assert quant.bits == 4 and quant.zero is None
-    return np.concatenate([_fp16_bytes(quant.scale), _nibbles(quant.codes)], axis=2).reshape(-1)
+    return _four_bit_blocks(quant, quant.scale)
 
 
 def pack_q4_1(tensor: Tensor) -> U8:
@@ -72,26 +85,32 @@ def pack_q4_1(tensor: Tensor) -> U8:
     exact = -(quant.scale.astype(np.float32) * quant.zeros())
     minimum = exact.astype(np.float16)
     assert np.array_equal(minimum, exact), "the quantizer promises that scale * zero is exact in fp16"
-    parts = [_fp16_bytes(quant.scale), _fp16_bytes(minimum), _nibbles(quant.codes)]
-    return np.concatenate(parts, axis=2).reshape(-1)
+    return _four_bit_blocks(quant, quant.scale, minimum)
 
 
 def pack_q8_0(tensor: Tensor) -> U8:
     """Q8_0: fp16 d, 32 signed bytes; value = d * (code - 128). u8[out * in/32 * 34]."""
     quant = _quantized(tensor)
     assert quant.bits == 8 and quant.zero is None
-    signed: U8 = quant.codes ^ np.uint8(0x80)  # code - 128 in two's complement
-    packed: U8 = np.concatenate([_fp16_bytes(quant.scale), signed.reshape(signed.shape[0], -1, BLOCK)], axis=2)
-    return packed.reshape(-1)
+    signed = quant.codes.reshape(*quant.scale.shape, BLOCK) ^ np.uint8(0x80)  # code - 128 in two's complement
+    scale = quant.scale.astype("<f2", copy=False)[:, :, None].view(np.uint8)
+    packed: U8 = np.concatenate([scale, signed], axis=2).reshape(-1)
+    return packed
 
 
 def _pack_float(dtype: str | np.dtype[np.generic]) -> Callable[[Tensor], U8]:
     def pack(tensor: Tensor) -> U8:
-        assert not isinstance(tensor, QuantTensor)
+        assert not isinstance(tensor, QuantTensor | GgmlTensor)
         packed: U8 = np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8)
         return packed
 
     return pack
+
+
+def pack_blocks(tensor: Tensor) -> U8:
+    """Blocks as they are. u8[out * bytes of a row]."""
+    assert isinstance(tensor, GgmlTensor)
+    return tensor.blocks.reshape(-1)
 
 
 PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], U8]] = {
@@ -104,6 +123,15 @@ PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], U8]] = {
 }
 
 
+def packer(scheme: Scheme) -> Callable[[Tensor], U8]:
+    """What packs tensors of a scheme that GGML has a type for."""
+    if scheme.type is NumberType.GGML:
+        return pack_blocks
+    kind = ggml_type(scheme)
+    assert kind is not None, scheme.name
+    return PACKERS[kind]
+
+
 def interleaved_rows(rows: int, head_dim: int) -> NDArray[np.intp]:
     """Row order of q and k in the llama architecture: intp[rows], the source row of each packed row.
 
@@ -114,6 +142,8 @@ def interleaved_rows(rows: int, head_dim: int) -> NDArray[np.intp]:
 
 def take_rows(tensor: Tensor, order: NDArray[np.intp]) -> Tensor:
     """The tensor with its rows in another order."""
+    if isinstance(tensor, GgmlTensor):
+        return replace(tensor, blocks=tensor.blocks[order])
     if not isinstance(tensor, QuantTensor):
         return tensor[order]
     zero = None if tensor.zero is None else tensor.zero[order]

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.config import RopeKind
 from converters.errors import UsageError
 from converters.graph import Graph, Weight
 from converters.quantize.tensor import F32
 from converters.rope import frequency_divisors
-from exporters.gguf.pack import BLOCK, ggml_type, row_nbytes
+from exporters.gguf.pack import ggml_type, row_nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,11 +124,12 @@ def _stack(name: str, graph: Graph, *parts: str, head_dim: int | None = None) ->
 
 def _type(weight: Weight) -> GGMLQuantizationType:
     kind = ggml_type(weight.scheme)
-    if kind is None or (weight.scheme.is_integer and (len(weight.shape) != 2 or weight.shape[1] % BLOCK)):
+    quantized = weight.scheme.is_quantized
+    if kind is None or (quantized and (len(weight.shape) != 2 or weight.shape[1] % GGML_QUANT_SIZES[kind][0])):
         raise UsageError(
             "GGUF has no type for a weight's scheme",
             where=weight.name,
-            expected=f"a float scheme, int8 or int4 symmetric, or int4 asymmetric, rows a multiple of {BLOCK}",
+            expected="a float scheme, int8 or int4 symmetric, int4 asymmetric or a GGML type; whole blocks",
             found=f"{weight.scheme.name}, shape {list(weight.shape)}",
             mend="Choose another scheme for this role in the recipe.",
         )

@@ -22,6 +22,7 @@ from exporters.mlx.modules import (
 )
 from exporters.mlx.pack import DTYPES
 from exporters.options import MlxOptions
+from exporters.schemes import refuse_ggml_schemes
 from exporters.transformers_files import encode_json, generation_config, tokenizer_files
 
 SHARD_NBYTES = 5 << 30  # mlx-lm's own limit for one file (mlx_lm.utils.MAX_FILE_SIZE_GB)
@@ -38,6 +39,7 @@ class MlxExporter:
 
     def check(self, model: Model, options: TargetOptions) -> None:
         """UsageError if mlx-lm cannot compute this model, or MLX cannot store these schemes with these activations."""
+        refuse_ggml_schemes(model, self.target)
         check_config(model)
         activations = chosen_activations(model.graph, options)
         for module in find_modules(model.graph):

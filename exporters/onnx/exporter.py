@@ -18,6 +18,7 @@ from exporters.onnx.names import DATA_FILE, MODEL_FILE
 from exporters.onnx.settings import BFLOAT_PROVIDERS, Settings, resolve_settings
 from exporters.onnx.tokenizer_files import tokenizer_files
 from exporters.options import ExecutionProvider, OnnxOptions
+from exporters.schemes import refuse_ggml_schemes
 
 
 class OnnxExporter:
@@ -30,6 +31,7 @@ class OnnxExporter:
     extra = "onnx"
 
     def check(self, model: Model, options: TargetOptions) -> None:
+        refuse_ggml_schemes(model, self.target)
         settings = resolve_settings(model, options)
         for weight in model.graph.weights.values():
             _check_weight(weight, settings)

@@ -27,6 +27,7 @@ from exporters.openvino import examine
 from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
+from exporters.schemes import refuse_ggml_schemes
 from exporters.transformers_files import ARCHITECTURES, encode_json, generation_config, tokenizer_files
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
@@ -52,6 +53,7 @@ class OpenvinoExporter:
     extra = "openvino"
 
     def check(self, model: Model, options: TargetOptions) -> None:
+        refuse_ggml_schemes(model, self.target)
         family = model.graph.config.family
         if family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)

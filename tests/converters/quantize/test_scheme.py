@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from converters.errors import UsageError
-from converters.quantize.scheme import FP16, SCHEMES, resolve_scheme, scheme_named
+from converters.quantize.scheme import FP16, SCHEMES, NumberType, resolve_scheme, scheme_named
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,16 @@ from converters.quantize.scheme import FP16, SCHEMES, resolve_scheme, scheme_nam
         ("int8_channel", 576, "int8_channel"),
         ("int8_channel", 40, "fp16"),
         ("bf16", 7, "bf16"),
+        ("q4_k", 512, "q4_k"),
+        ("q2_k", 576, "q4_0"),
+        ("q3_k", 576, "q4_0"),
+        ("q4_k", 576, "q5_0"),
+        ("q5_k", 576, "q5_1"),
+        ("q6_k", 576, "q8_0"),
+        ("iq4_xs", 576, "iq4_nl"),
+        ("iq4_nl", 576, "iq4_nl"),
+        ("q6_k", 40, "fp16"),
+        ("q8_0", 40, "fp16"),
     ],
 )
 def test_rule(name: str, row: int, resolved: str) -> None:
@@ -34,6 +44,8 @@ def test_unknown_name_lists_the_presets() -> None:
 def test_names_say_what_they_are() -> None:
     for name, scheme in SCHEMES.items():
         assert name == scheme.name
+        if scheme.type is NumberType.GGML:
+            assert f"q{scheme.bits}_" in name and scheme.is_quantized and not scheme.is_integer
         if scheme.is_integer:
             assert f"int{scheme.bits}" in name and ("asym" in name) is not scheme.symmetric
             assert name.endswith("_channel" if scheme.group_size == 0 else f"_g{scheme.group_size}")

@@ -27,6 +27,14 @@ CONFIGS: dict[str, ModelConfig] = {
     "mistral_wide_heads": replace(LLAMA, family="mistral", head_dim=32, rope=replace(PLAIN, dim=32)),
 }
 
+# Rows of 256 and more values, so that the types of 256 values a block are stored as what they are.
+_WIDE = replace(BASE, hidden_size=256, intermediate_size=512, head_dim=64, rope=replace(PLAIN, dim=64))
+WIDE_CONFIGS: dict[str, ModelConfig] = {
+    "phi3_wide": _WIDE,
+    "phi3_wide_tied": replace(_WIDE, tie_embeddings=True),
+    "llama_wide_gqa": replace(_WIDE, family="llama", num_kv_heads=1),
+}
+
 
 def with_long_factors(graph: Graph) -> Graph:
     """The model if LongRoPE's long factors were used at every length."""

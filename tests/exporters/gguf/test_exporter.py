@@ -14,10 +14,11 @@ from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 
 from converters.errors import GateError
 from converters.passes.assign import assign_schemes
+from converters.quantize.ggml.mixes import MIXES
 from converters.quantize.scheme import SCHEMES, scheme_named
 from converters.role import Role
 from exporters.gguf.exporter import EXPORTER, FILE
-from tests.exporters.gguf.models import CONFIGS, ORIGINAL, layout_of, write_artifact
+from tests.exporters.gguf.models import CONFIGS, ORIGINAL, WIDE_CONFIGS, layout_of, write_artifact
 from tests.exporters.oracle import canonical
 from tests.exporters.tiny_graphs import BASE, longrope, model_of, random_graph
 
@@ -33,9 +34,9 @@ def value_of(file: GGUFReader, key: str) -> object:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["phi3_gqa_tied", "mistral_wide_heads"])
+@pytest.mark.parametrize("name", ["phi3_gqa_tied", "mistral_wide_heads", "llama_wide_gqa"])
 def test_read_back_gives_the_canonical_matrices(scheme: str, name: str, tmp_path: Path) -> None:
-    graph = assign_schemes(random_graph(CONFIGS[name]), scheme_named(scheme), {})
+    graph = assign_schemes(random_graph((CONFIGS | WIDE_CONFIGS)[name]), scheme_named(scheme), {})
     model = model_of(graph)
     artifact = write_artifact(model, tmp_path)
     found = dict(EXPORTER.read_back(artifact, model))
@@ -127,6 +128,32 @@ def test_metadata_of_a_longrope_model(tmp_path: Path) -> None:
     assert types["blk.0.attn_norm.weight"] == GGMLQuantizationType.F32
     factors = next(tensor for tensor in file.tensors if tensor.name == "rope_factors_long.weight")
     assert np.array_equal(factors.data, np.array(longrope(ORIGINAL, 12).long_factors, np.float32))
+
+
+def test_a_mix_names_the_file_type_and_inspection_shows_the_types(tmp_path: Path) -> None:
+    graph = assign_schemes(random_graph(WIDE_CONFIGS["phi3_wide_tied"]), MIXES["q4_k_m"], {})
+    artifact = write_artifact(model_of(graph, mix="q4_k_m"), tmp_path)
+    assert value_of(reader(artifact), "general.file_type") == LlamaFileType.MOSTLY_Q4_K_M
+    types = {row.name: row.type for row in EXPORTER.tensors(artifact)}
+    assert types["token_embd.weight"] == types["blk.1.attn_qkv.weight"] == "Q6_K"
+    assert types["blk.0.attn_qkv.weight"] == types["blk.0.ffn_up.weight"] == "Q4_K"
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_has_a_file_type_and_a_layout(mix: str) -> None:
+    graph = assign_schemes(random_graph(WIDE_CONFIGS["phi3_wide"]), MIXES[mix], {})
+    assert layout_of(model_of(graph, mix=mix)).nbytes > 0
+
+
+def test_parts_of_a_fused_tensor_may_come_from_different_quantizers(tmp_path: Path) -> None:
+    overrides = {Role.MLP_UP: scheme_named("q4_0"), Role.ATTN_K: scheme_named("q4_0")}
+    graph = assign_schemes(random_graph(BASE), scheme_named("int4_g32"), overrides)
+    model = model_of(graph)
+    artifact = write_artifact(model, tmp_path)
+    types = {row.name: row.type for row in EXPORTER.tensors(artifact)}
+    assert types["blk.0.ffn_up.weight"] == types["blk.0.attn_qkv.weight"] == "Q4_0"
+    for weight, rows in EXPORTER.read_back(artifact, model):
+        assert np.array_equal(rows, canonical(graph.weights[weight])), weight
 
 
 def test_a_model_published_as_greedy_has_no_sampling_defaults(tmp_path: Path) -> None:

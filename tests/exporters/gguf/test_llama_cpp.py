@@ -15,14 +15,15 @@ from converters.errors import GateError, ModelError, UsageError
 from converters.graph import Graph
 from converters.interpret import interpret
 from converters.passes.assign import assign_schemes
-from converters.quantize.scheme import FP32, scheme_named
+from converters.quantize.ggml.mixes import MIXES
+from converters.quantize.scheme import FP32, SCHEMES, NumberType, scheme_named
 from converters.quantize.tensor import F32
 from converters.role import Role
 from exporters.base import Semantics
 from exporters.gguf.context import CONTEXT_MULTIPLE, allocated_context
 from exporters.gguf.exporter import EXPORTER, FILE
 from exporters.gguf.runtime import BATCH, LlamaCpp
-from tests.exporters.gguf.models import CONFIGS, ORIGINAL, with_long_factors, write_artifact
+from tests.exporters.gguf.models import CONFIGS, ORIGINAL, WIDE_CONFIGS, with_long_factors, write_artifact
 from tests.exporters.oracle import canonical, divergences
 from tests.exporters.tiny_graphs import BASE, model_of, random_graph
 
@@ -92,6 +93,29 @@ def test_quantized_artifacts_compute_with_the_stored_numbers(scheme: str, name: 
     # llama.cpp rounds activations to the type that its kernels multiply with: fp16, bf16, or int8 in groups of 32.
     limit = {"fp16": 1e-4, "bf16": 5e-3}.get(scheme, 2e-2)
     assert divergence(expected, runtime.logits(ids[0].tolist())) < limit
+
+
+@pytest.mark.parametrize("scheme", [name for name, each in SCHEMES.items() if each.type is NumberType.GGML])
+@pytest.mark.parametrize("name", ["phi3_wide", "llama_wide_gqa"])
+def test_blocks_of_llama_cpps_own_types_compute_with_the_stored_numbers(scheme: str, name: str, tmp_path: Path) -> None:
+    graph = assign_schemes(random_graph(WIDE_CONFIGS[name]), scheme_named(scheme), {})
+    assert {w.scheme.name for w in graph.weights.values() if w.role is not Role.NORM} == {scheme}
+    runtime = opened(graph, tmp_path)
+    ids = token_ids(40)
+    found = runtime.logits(ids[0].tolist())
+    # llama.cpp rounds activations to int8 in groups of 32 or, for blocks of 256, in groups of 256.
+    assert divergence(interpret(graph, ids, canonical)[0], found) < 4e-2
+    assert np.mean(divergences(interpret(graph, ids)[0], found)) > np.mean(
+        divergences(interpret(graph, ids, canonical)[0], found)
+    )
+
+
+@pytest.mark.parametrize("mix", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"])
+def test_mixes_compute_with_the_stored_numbers(mix: str, tmp_path: Path) -> None:
+    graph = assign_schemes(random_graph(WIDE_CONFIGS["phi3_wide_tied"]), MIXES[mix], {})
+    runtime = opened(graph, tmp_path)
+    ids = token_ids(40)
+    assert divergence(interpret(graph, ids, canonical)[0], runtime.logits(ids[0].tolist())) < 4e-2
 
 
 def test_q_k_v_of_different_schemes_are_stored_apart(tmp_path: Path) -> None:

