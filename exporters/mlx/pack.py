@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ModelError
-from converters.quantize.tensor import U8, FloatArray, QuantTensor, Tensor
+from converters.quantize.tensor import U8, FloatArray, GgmlTensor, QuantTensor, Tensor
+from exporters.nibbles import pack_nibbles
 
 GROUP_SIZES = (128, 64, 32)  # what mlx.core.quantize accepts in affine mode and tundish makes
 
@@ -42,8 +43,7 @@ def pack_codes(tensor: Tensor) -> U8:
     if tensor.bits == 8:
         return tensor.codes.reshape(-1)
     assert tensor.bits == 4, tensor.bits
-    packed: U8 = tensor.codes[:, 0::2] | tensor.codes[:, 1::2] << np.uint8(4)
-    return packed.reshape(-1)
+    return pack_nibbles(tensor.codes).reshape(-1)
 
 
 def pack_scales(tensor: Tensor, group_size: int, dtype: str) -> U8:
@@ -73,7 +73,7 @@ def pack_biases(tensor: Tensor, group_size: int, dtype: str) -> U8:
 
 def pack_float(tensor: Tensor, dtype: str) -> U8:
     """Floats [n, in] or [n] -> their little-endian bytes in `dtype`. ModelError if a finite value overflows."""
-    assert not isinstance(tensor, QuantTensor)
+    assert not isinstance(tensor, QuantTensor | GgmlTensor)
     with np.errstate(over="ignore"):
         stored = tensor.astype(DTYPES[dtype])
     if not np.isfinite(stored).all():

@@ -11,21 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor, Tensor
-
-
-def pack_nibbles(values: U8) -> U8:
-    """u8[rows, n] of 0 ... 15 -> u8[rows, ceil(n / 2)], the even one low; an odd row ends in a zero nibble."""
-    if values.shape[1] % 2:
-        values = np.pad(values, ((0, 0), (0, 1)))
-    packed: U8 = values[:, 0::2] | values[:, 1::2] << np.uint8(4)
-    return packed
-
-
-def unpack_nibbles(packed: U8, count: int) -> U8:
-    """u8[rows, bytes] -> u8[rows, count], the inverse of pack_nibbles."""
-    halves = np.stack([packed & 15, packed >> 4], axis=-1)
-    return halves.reshape(packed.shape[0], -1)[:, :count]
+from converters.quantize.tensor import F32, U8, FloatArray, GgmlTensor, QuantTensor, Tensor
+from exporters.nibbles import pack_nibbles, unpack_nibbles
 
 
 def pack_codes(tensor: QuantTensor) -> U8:
@@ -48,7 +35,7 @@ def pack_zeros(tensor: QuantTensor, block: int) -> U8:
 
 def pack_floats(tensor: Tensor, dtype: np.dtype) -> U8:
     """u8[n * in * itemsize]: a float matrix or norm in the type it is stored in."""
-    assert not isinstance(tensor, QuantTensor)
+    assert not isinstance(tensor, QuantTensor | GgmlTensor)
     return np.ascontiguousarray(tensor.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
 
 

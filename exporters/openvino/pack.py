@@ -13,24 +13,19 @@ import ml_dtypes
 import numpy as np
 
 from converters.quantize.tensor import U8, QuantTensor, Tensor
-
-
-def nibbles(values: U8) -> U8:
-    """u8[..., 2n] of 0 ... 15 -> u8[n * leading], element 2i in the low half of byte i."""
-    flat = values.reshape(-1)
-    return flat[0::2] | flat[1::2] << np.uint8(4)
+from exporters.nibbles import pack_nibbles
 
 
 def pack_i4(tensor: Tensor) -> U8:
     """codes [rows, in] with zero 8 as signed nibbles: code - 8 in two's complement is the code, top bit flipped."""
     assert isinstance(tensor, QuantTensor)
-    return nibbles(tensor.codes ^ np.uint8(8))
+    return pack_nibbles(tensor.codes, flip=8).reshape(-1)
 
 
 def pack_u4(tensor: Tensor) -> U8:
     """codes [rows, in] as they are."""
     assert isinstance(tensor, QuantTensor)
-    return nibbles(tensor.codes)
+    return pack_nibbles(tensor.codes).reshape(-1)
 
 
 def pack_i8(tensor: Tensor) -> U8:
@@ -54,7 +49,7 @@ def pack_scale(tensor: Tensor) -> U8:
 def pack_zero_u4(tensor: Tensor) -> U8:
     """zero [rows, groups], an even number of groups, two to a byte."""
     assert isinstance(tensor, QuantTensor)
-    return nibbles(tensor.zeros())
+    return pack_nibbles(tensor.zeros()).reshape(-1)
 
 
 def pack_zero_u8(tensor: Tensor) -> U8:

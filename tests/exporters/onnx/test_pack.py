@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.quantize.tensor import QuantTensor
+from exporters.nibbles import pack_nibbles, unpack_nibbles
 from exporters.onnx import pack
 
 ort = pytest.importorskip("onnxruntime")
@@ -25,7 +26,7 @@ def random_tensor(seed: int, rows: int, groups: int, size: int, bits: int, asymm
 
 
 def test_nibbles_by_hand() -> None:
-    packed = pack.pack_nibbles(np.array([[1, 2, 15], [0, 8, 7]], np.uint8))
+    packed = pack_nibbles(np.array([[1, 2, 15], [0, 8, 7]], np.uint8))
     assert packed.tolist() == [[0x21, 0x0F], [0x80, 0x07]]
 
 
@@ -36,8 +37,8 @@ def test_nibbles_equal_a_naive_packer(seed: int, rows: int, count: int) -> None:
     for row in range(rows):
         for index in range(count):
             naive[row, index // 2] |= values[row, index] << (4 * (index % 2))
-    assert np.array_equal(pack.pack_nibbles(values), naive)
-    assert np.array_equal(pack.unpack_nibbles(naive, count), values)
+    assert np.array_equal(pack_nibbles(values), naive)
+    assert np.array_equal(unpack_nibbles(naive, count), values)
 
 
 @given(
