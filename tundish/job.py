@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numba
 from pydantic import ValidationError
 
-from converters.errors import GateError, UsageError
+from converters.errors import GateError, ResourceError, UsageError
+from converters.file_digest import sha256_of
 from converters.quantize.importance import random_token_importance
 from converters.quantize.tensor import F32
-from converters.source import Source, resolve_source, source_digest
+from converters.source import Source, require_unchanged, resolve_source, source_digest, source_files, source_stamp
 from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
 from tundish.disk import disk_errors
-from tundish.manifest import build_manifest, file_record, verification_record
+from tundish.estimate import estimate_time
+from tundish.manifest import build_manifest, verification_record
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
-from tundish.plan import Plan, make_plan, require_resources
+from tundish.plan import Plan, calibration_tokens, disk_of, make_plan, require_resources
 from tundish.pour import pour
 from tundish.publish import files_in, publish, require_replaceable, staging
-from tundish.recipe import CalibrationSource, Recipe, load_recipe, recipe_digest
+from tundish.recipe import Recipe, load_recipe, recipe_digest
 from tundish.report import write_report
 from tundish.verify import TargetResult, verify
 
@@ -73,10 +75,35 @@ def settle_source(choices: Choices, recipe: Recipe) -> Source:
 
 
 def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
-    """What a build would write; nothing is written."""
+    """What a build would write and need; writes a temporary file to measure the disk, and nothing else.
+
+    The time is left out if the plan does not fit this machine: `require_fit` says why.
+    """
+    start = perf_counter()
     recipe = settle_recipe(choices)
-    model = open_model(settle_source(choices, recipe), recipe)
-    return recipe, make_plan(model, recipe, EXPORTERS)
+    threads = choices.threads or cores()
+    source = settle_source(choices, recipe)
+    model = open_model(source, recipe)
+    plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
+    prepare = perf_counter() - start
+    out = output(choices, recipe)
+    try:
+        require_resources(plan, out)
+    except ResourceError:
+        return recipe, plan
+    files, tokens = source_files(source.folder).values(), calibration_tokens(model.graph, recipe)
+    time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, tokens, prepare)
+    return recipe, replace(plan, time=time)
+
+
+def require_fit(choices: Choices, recipe: Recipe, plan: Plan) -> None:
+    """ResourceError if disk or memory cannot take the plan."""
+    require_resources(plan, output(choices, recipe))
+
+
+def output(choices: Choices, recipe: Recipe) -> Path:
+    """The folder that a build writes."""
+    return (choices.out or Path("dist") / recipe.name).absolute()
 
 
 def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
@@ -85,22 +112,27 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     Artifacts are written beside `out` and renamed to it at the very end. A build that fails its gates is moved to
     `<out>.rejected` for a look, and GateError is raised; `out` stays as it was.
     """
-    threads = set_threads(choices.threads)
+    threads = choices.threads or cores()
     recipe = settle_recipe(choices)
-    out = (choices.out or Path("dist") / recipe.name).absolute()
+    out = output(choices, recipe)
     require_replaceable(out, recipe.targets)
     require_replaceable(rejected_name(out), Target)
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
+    stamp = source_stamp(source.folder)
     model = open_model(source, recipe)
-    plan = make_plan(model, recipe, EXPORTERS)
+    plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
     require_resources(plan, out)
     with staging(out) as folder:
         importance = calibrate(model, recipe, watcher)
         watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-        digests = pour(model.graph, plan.layouts, folder, watcher.advance, importance)
+        digests = pour(model.graph, plan.layouts, folder, watcher.advance, importance, threads)
+        require_unchanged(source.folder, stamp)
+        watcher.say("taking the digests of all files")
         with disk_errors(out):
-            manifest = build_manifest(source, model, recipe, plan, folder, digests)
+            manifest = build_manifest(source, model, recipe, plan, folder, digests, threads)
+        require_unchanged(source.folder, stamp)
+        with disk_errors(out):
             write_manifest(folder, manifest)
         results: tuple[TargetResult, ...] | None = None
         if choices.verify and recipe.verify.enabled:
@@ -117,11 +149,11 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
 
 def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F32]:
     """Importance of each matrix's columns, as the recipe's calibration asks; empty without, or where all is floats."""
-    settings = recipe.calibration
-    if settings.source is CalibrationSource.NONE or not any(w.scheme.is_integer for w in model.graph.weights.values()):
+    tokens = calibration_tokens(model.graph, recipe)
+    if not tokens:
         return {}
-    watcher.say(f"calibrating: the model reads {settings.tokens} random tokens")
-    return random_token_importance(model.graph, settings.tokens, settings.seed)
+    watcher.say(f"calibrating: the model reads {tokens} random tokens")
+    return random_token_importance(model.graph, tokens, recipe.calibration.seed)
 
 
 class FailedGatesError(GateError):
@@ -165,14 +197,16 @@ def failed_gates(results: Sequence[TargetResult]) -> list[str]:
 
 def verify_again(folder: Path, model: str | None, threads: int | None, watcher: Watcher) -> dict[str, Any]:
     """Check a published folder: its files' digests, then every gate anew. Updates its manifest and report."""
-    count = set_threads(threads)
+    count = threads or cores()
     manifest = read_manifest(folder)
     recorded = {
         f"{target}/{name}": record
         for target, entry in manifest["targets"].items()
         for name, record in entry["files"].items()
     }
-    damaged = [name for name, record in recorded.items() if file_record(folder / name) != record]
+    present = {name: folder / name for name in recorded if (folder / name).is_file()}
+    sha256 = sha256_of(present.values(), count)
+    damaged = [name for name in recorded if name not in present or sha256[present[name]] != recorded[name]["sha256"]]
     damaged += sorted(files_in(folder) - recorded.keys() - {MANIFEST, REPORT})
     if damaged:
         raise GateError(
@@ -182,7 +216,7 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
             mend="The folder was changed or damaged after it was built: build it again.",
         )
     recipe = _recorded_recipe(manifest, folder)
-    source = _recorded_source(manifest["source"], model)
+    source = _recorded_source(manifest["source"], model, count)
     opened = open_model(source, recipe)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
@@ -211,7 +245,7 @@ def _recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
     return recipe
 
 
-def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
+def _recorded_source(record: dict[str, Any], model: str | None, threads: int) -> Source:
     """The checkpoint the manifest names, or --model; its files must be the recorded ones."""
     if model is not None:
         source = find_source(model, None)
@@ -219,7 +253,7 @@ def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
         source = resolve_source(record["repo_id"], record["revision"])
     else:
         source = find_source(record["folder"] or SAMPLE, None)
-    found = source_digest(source.folder)
+    found = source_digest(source.folder, threads)
     differing = sorted(name for name in {**record["files"], **found} if found.get(name) != record["files"].get(name))
     if differing:
         raise UsageError(
@@ -231,9 +265,6 @@ def _recorded_source(record: dict[str, Any], model: str | None) -> Source:
     return source
 
 
-def set_threads(threads: int | None) -> int:
-    """Bound numba's threads, and the runtimes' to come; returns the count."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = threads or cores
-    numba.set_num_threads(min(count, numba.get_num_threads()))
-    return count
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.source import Source, source_digest
+from converters.file_digest import sha256_of
+from converters.source import Source, source_files
 from exporters.base import Model
 from tundish.manifest_file import FORMAT
 from tundish.model import SAMPLE
@@ -20,9 +20,16 @@ from tundish.verify import TargetResult
 
 
 def build_manifest(
-    source: Source, model: Model, recipe: Recipe, plan: Plan, folder: Path, digests: Mapping[str, str]
+    source: Source, model: Model, recipe: Recipe, plan: Plan, folder: Path, digests: Mapping[str, str], threads: int
 ) -> dict[str, Any]:
-    """The manifest of freshly poured artifacts, not yet verified."""
+    """The manifest of freshly poured artifacts, not yet verified. Reads every file of them and of the source again."""
+    inputs = source_files(source.folder)
+    outputs = {
+        target: {name: folder / target / name for name in sorted({*layout.big, *layout.small})}
+        for target, layout in plan.layouts.items()
+    }
+    written = [path for files in outputs.values() for path in files.values()]
+    sha256 = sha256_of(inputs.values(), threads, written)
     return {
         "format": FORMAT,
         "tundish": version("tundish"),
@@ -33,7 +40,7 @@ def build_manifest(
             # Where a local checkpoint lies, for `tundish verify`; Hub ids and the sample are found again by name.
             "folder": None if source.repo_id or source.name == SAMPLE else str(source.folder),
             "licence": model.licence,
-            "files": source_digest(source.folder),
+            "files": {name: sha256[path] for name, path in inputs.items()},
         },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(recipe),
@@ -50,20 +57,15 @@ def build_manifest(
             target: {
                 "semantics": asdict(plan.semantics[target]),
                 "bytes": layout.nbytes,
-                "files": {name: file_record(folder / target / name) for name in sorted({*layout.big, *layout.small})},
+                "files": {
+                    name: {"bytes": path.stat().st_size, "sha256": sha256[path]}
+                    for name, path in outputs[target].items()
+                },
             }
             for target, layout in plan.layouts.items()
         },
         "verification": None,
     }
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file; bytes -1 and no digest where it is missing."""
-    if not path.is_file():
-        return {"bytes": -1, "sha256": None}
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def verification_record(results: Sequence[TargetResult]) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""The pour: reads every weight once, quantizes it once and hands the result to every artifact."""
+"""The pour: reads every weight once, quantizes it once and hands the result to every artifact.
+
+A pool of threads takes blocks of rows in the checkpoint's order. Each thread reads its block, quantizes it and packs it
+for every container; as many others write the results to their places, which the layouts fixed beforehand. Reading,
+computing and writing overlap, and what is in memory is a few blocks a thread, however large the model is.
+"""
 
 from __future__ import annotations
 
 import math
-import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,12 +18,21 @@ import numpy as np
 
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
-from converters.quantize.tensor import F32
-from exporters.base import Layout, Place, Target
-from tundish.digest import MatrixDigest
+from converters.quantize.tensor import F32, U8
+from exporters.base import BigFile, Layout, Place, Target
+from tundish.big_file import BigFileWriter
+from tundish.digest import LEAF_ROWS, leaf_digests, matrix_digest
 from tundish.disk import disk_errors
 
-BLOCK_ELEMENTS = 4 * 1024 * 1024  # bounds the memory of a pour: a float32 block of 16 MiB and its quantized forms
+BLOCK_ELEMENTS = 1 << 20  # bounds the memory of a pour; larger than what a block costs in calls, smaller than caches
+# Rows of a block are a multiple of this, however wide they are: kernels take rows together (rtn_search.LANES).
+BLOCK_ROWS = 64
+assert BLOCK_ROWS % LEAF_ROWS == 0
+BLOCKS_AHEAD = 3  # blocks a thread that are being packed or are packed and not yet written
+
+Block = tuple[Weight, int, int]  # rows [start, stop) of a weight
+Packed = tuple[bytes, list[Future[None]]]  # digests of a block's leaves, and its writes
+Write = Callable[[Target, Place, int, U8], None]  # of packed rows, the first of which is that row of the weight
 
 
 def pour(
@@ -26,80 +41,119 @@ def pour(
     folder: Path,
     advance: Callable[[int], None] = lambda elements: None,
     importance: Mapping[str, F32] | None = None,
+    threads: int = 1,
 ) -> dict[str, str]:
     """Write every artifact into folder/<target> and return the digest of each matrix's canonical values.
 
     Verification reads the artifacts back and expects the same digests. `advance` is called with the number of elements
-    done. `importance` is f32[in] by weight name, where the quantizer shall know it.
+    done. `importance` is f32[in] by weight name, where the quantizer shall know it. The first error stops every thread.
     """
-    digests: dict[str, str] = {}
+    leaves: dict[str, list[bytes]] = {}
+    counts = importance or {}
     with disk_errors(folder), ExitStack() as stack:
         files = {
-            (target, name): stack.enter_context(_create(folder / target / name, big.nbytes, big.fixed))
+            (target, name): stack.enter_context(_create(folder / target / name, big))
             for target, layout in layouts.items()
             for name, big in layout.big.items()
         }
-        for weight in sorted(graph.weights.values(), key=_file_order):
-            places = [
-                (files[target, place.file], place)
-                for target, layout in layouts.items()
-                for place in layout.places[weight.name]
-            ]
-            digest = _pour_weight(weight, places, (importance or {}).get(weight.name), advance)
-            if len(weight.shape) > 1:
-                digests[weight.name] = digest
+
+        writers = stack.enter_context(_pool(threads, "write"))
+        packers = stack.enter_context(_pool(threads, "pack"))  # at the end, these stop before what they submit to
+
+        def work(block: Block) -> Packed:
+            writes: list[Future[None]] = []
+
+            def write(target: Target, place: Place, start: int, packed: U8) -> None:
+                offset = place.offset + start * place.row_nbytes
+                writes.append(writers.submit(files[target, place.file].write, packed.data, offset))
+
+            return pour_block(block, layouts, counts.get(block[0].name), write), writes
+
+        def finish(packed: Future[Packed]) -> bytes:
+            digests, writes = packed.result()
+            for write in writes:
+                write.result()
+            return digests
+
+        def submit(block: Block) -> Future[Packed]:
+            return packers.submit(work, block)
+
+        for (weight, start, stop), digests in _in_order(
+            submit, finish, _blocks(graph, layouts), BLOCKS_AHEAD * threads
+        ):
+            leaves.setdefault(weight.name, []).append(digests)
+            advance((stop - start) * math.prod(weight.shape[1:]))
         for target, layout in layouts.items():
             for name, data in layout.small.items():
                 path = folder / target / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-    return digests
+    return {name: matrix_digest(parts) for name, parts in leaves.items() if len(graph.weights[name].shape) > 1}
 
 
-def _pour_weight(
-    weight: Weight, places: list[tuple[int, Place]], importance: F32 | None, advance: Callable[[int], None]
-) -> str:
-    digest = MatrixDigest()
-    for start, stop in row_blocks(weight, (place for _, place in places)):
-        tensor = quantize_rows(weight, start, stop, importance)
-        digest.update(dequantize(tensor))
-        for file, place in places:
+def _blocks(graph: Graph, layouts: Mapping[Target, Layout]) -> Iterator[Block]:
+    """Every block of every weight, in the order of the checkpoint's files, so that disks read forward."""
+    for weight in sorted(graph.weights.values(), key=lambda weight: weight.source.location):
+        places = (place for layout in layouts.values() for place in layout.places[weight.name])
+        for start, stop in row_blocks(weight, places):
+            yield weight, start, stop
+
+
+@contextmanager
+def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, at the end or at an error, finish what they began and begin nothing more."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    submit: Callable[[Block], Future[Packed]],
+    finish: Callable[[Future[Packed]], bytes],
+    blocks: Iterable[Block],
+    ahead: int,
+) -> Iterator[tuple[Block, bytes]]:
+    """Submit blocks, at most `ahead` of them at a time, and yield what finishing each one returns, in order."""
+    submitted: deque[tuple[Block, Future[Packed]]] = deque()
+    for block in blocks:
+        submitted.append((block, submit(block)))
+        if len(submitted) == ahead:
+            first, future = submitted.popleft()
+            yield first, finish(future)
+    for first, future in submitted:
+        yield first, finish(future)
+
+
+def pour_block(block: Block, layouts: Mapping[Target, Layout], importance: F32 | None, write: Write) -> bytes:
+    """Read, quantize, pack and write one block; returns the digests of its leaves."""
+    weight, start, stop = block
+    tensor = quantize_rows(weight, start, stop, importance)
+    for target, layout in layouts.items():
+        for place in layout.places[weight.name]:
             packed = np.ascontiguousarray(place.pack(tensor)).reshape(-1).view(np.uint8)
             assert packed.nbytes == (stop - start) * place.row_nbytes, (weight.name, place.file, packed.nbytes)
-            _write_at(file, packed.data, place.offset + start * place.row_nbytes)
-        advance((stop - start) * math.prod(weight.shape[1:]))
-    return digest.hexdigest()
+            write(target, place, start, packed)
+    return leaf_digests(dequantize(tensor))
 
 
 def row_blocks(weight: Weight, places: Iterable[Place]) -> Iterator[tuple[int, int]]:
     """[start, stop) of each block of rows: bounded in size, at multiples that every place can pack."""
-    multiple = math.lcm(*(place.row_multiple for place in places))
+    multiple = math.lcm(BLOCK_ROWS, *(place.row_multiple for place in places))
     rows = weight.shape[0]
     step = max(1, BLOCK_ELEMENTS // (math.prod(weight.shape[1:]) * multiple)) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _file_order(weight: Weight) -> tuple[str, int]:
-    """Where the weight lies in the checkpoint, so that disks read forward."""
-    return weight.source.location
-
-
 @contextmanager
-def _create(path: Path, nbytes: int, fixed: Iterable[tuple[int, bytes]]) -> Iterator[int]:
-    """A new file of exactly nbytes, its space reserved, with the fixed parts written."""
+def _create(path: Path, big: BigFile) -> Iterator[BigFileWriter]:
+    """A new file with its space reserved and the fixed parts written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    file = BigFileWriter(path, big.nbytes)
     try:
-        if nbytes:
-            os.posix_fallocate(file, 0, nbytes)
-        for offset, data in fixed:
-            _write_at(file, memoryview(data), offset)
+        for offset, data in big.fixed:
+            file.write(memoryview(data), offset)
         yield file
     finally:
-        os.close(file)
-
-
-def _write_at(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+        file.close()

@@ -22,7 +22,7 @@ from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tundish.child import exit_with_parent
-from tundish.digest import MatrixDigest
+from tundish.digest import digest_of
 from tundish.model import open_model
 from tundish.recipe import Recipe
 
@@ -60,11 +60,7 @@ def run(request: Request) -> None:
             events.write(json.dumps({"step": step, **result}) + "\n")
 
     model = open_model(Source(request.source, Path(request.source), None, None), recipe)
-    digests = {}
-    for name, values in exporter.read_back(artifact, model):
-        digest = MatrixDigest()
-        digest.update(values)
-        digests[name] = digest.hexdigest()
+    digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
     emit("open", versions=package_versions(exporter.runtime_requires))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, LlamaFileType
 
 from converters.errors import GateError, ModelError, ResourceError, UsageError
 from converters.source import Source
@@ -18,7 +19,7 @@ from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, verify
-from tundish.job import Choices, build, verify_again
+from tundish.job import Choices, Watcher, build, verify_again
 from tundish.model import open_model
 from tundish.recipe import load_recipe
 
@@ -71,6 +72,27 @@ def test_verify_again(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["verification"]["gguf"]["passed"] and gates(manifest, "gguf")["kl"]["passed"]
     assert "| gguf | kl | passed |" in (out / "report.md").read_text()
+
+
+def test_a_mix_of_block_types(checkpoint: Path, tmp_path: Path) -> None:
+    """Calibrated, verified, told in the manifest and the file, and read again from the manifest's recipe."""
+    changes = {
+        "schemes": {"default": "q4_k_m", "overrides": {"mlp_down": "q8_0"}},
+        "calibration": {"source": "random-tokens", "tokens": 32},
+        "verify": {"text": {"sequences": 1, "length": 64}, "gates": {"kl": 0.4, "stops": False}},
+        "context": 128,
+    }
+    recipe = write_recipe(tmp_path / "mix.yaml", checkpoint, targets={"gguf": {}}, **changes)
+    out = tmp_path / "out"
+    manifest = build(Choices(str(recipe), out=out), QUIET)
+    assert gates(manifest, "gguf")["codes"]["passed"] and gates(manifest, "gguf")["kl"]["passed"]
+    schemes = {name: entry["scheme"] for name, entry in manifest["weights"].items()}
+    assert schemes["blocks.0.mlp_up"] == "q5_0" and schemes["blocks.0.mlp_down"] == "q8_0"
+    assert GGUFReader(out / "gguf" / "model.gguf").fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q4_K_M
+    assert verify_again(out, None, None, QUIET)["verification"] == manifest["verification"]
+    everywhere = write_recipe(tmp_path / "all.yaml", checkpoint, **changes)
+    with pytest.raises(UsageError, match=r"only GGUF holds.*target onnx, role embedding.*of the mix q4_k_m"):
+        build(Choices(str(everywhere), out=tmp_path / "all"), QUIET)
 
 
 def test_a_flipped_byte_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -161,6 +183,41 @@ def test_disk_is_asked_for_before_work_starts(
     with pytest.raises(ResourceError, match=r"not enough disk.*expected [\d,]+ bytes free; found 1"):
         build(Choices(str(recipe), out=tmp_path / "deep" / "out"), QUIET)
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("change", ["rewritten", "cut off", "removed"])
+def test_a_checkpoint_that_changes_while_it_is_read(checkpoint: Path, tmp_path: Path, change: str) -> None:
+    moving, out = tmp_path / "moving", tmp_path / "out"
+    shutil.copytree(checkpoint, moving)
+    weights = max(moving.glob("*.safetensors"))  # the last shard
+
+    def spoil(elements: int) -> None:
+        if change == "rewritten":
+            weights.write_bytes(weights.read_bytes())
+        elif change == "cut off":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        else:
+            weights.unlink(missing_ok=True)
+
+    recipe = write_recipe(tmp_path / "r.yaml", moving, targets={"gguf": {}}, context=128)
+    watcher = Watcher(QUIET.say, QUIET.start, spoil)
+    with pytest.raises(ModelError, match=r"changed while it was read|cut off|shorter than|no weights|cannot be read"):
+        build(Choices(str(recipe), out=out, verify=False), watcher)
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_an_unfinished_folder_that_is_taken_away(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"mlx": {}}, context=128)
+    before = build(Choices(str(recipe), out=out, verify=False), QUIET)
+
+    def take_away(elements: int) -> None:
+        for folder in tmp_path.glob(".out.*"):
+            shutil.rmtree(folder)
+
+    with pytest.raises(ResourceError, match="cannot write"):
+        build(Choices(str(recipe), out=out, verify=False), Watcher(QUIET.say, QUIET.start, take_away))
+    assert json.loads((out / "manifest.json").read_text()) == before
 
 
 def test_wrong_targets_and_models(checkpoint: Path, tmp_path: Path) -> None:

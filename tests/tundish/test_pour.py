@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from converters.role import Role
 from exporters.base import BigFile, Layout, Place, Target
 from tests.converters.arrays import ArraySource
 from tundish import pour as pour_module
-from tundish.digest import MatrixDigest
+from tundish.digest import LEAF_ROWS, digest_of
 from tundish.pour import pour, row_blocks
 
 CONFIG = ModelConfig(
@@ -63,7 +62,7 @@ def layout_of(graph: Graph) -> Layout:
 def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pour_module, "BLOCK_ELEMENTS", 300)  # several blocks a matrix, the last one shorter
     rng = np.random.default_rng(0)
-    first, second = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (10, 6))
+    first, second = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (200, 70))
     graph = graph_of(first=first, second=second)
     done: list[int] = []
     digests = pour(graph, {Target.GGUF: layout_of(graph), Target.MLX: layout_of(graph)}, tmp_path, done.append)
@@ -76,18 +75,49 @@ def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (tmp_path / target / "scales").read_bytes() == b"".join(tensor.scale.tobytes() for tensor in expected)
         assert (tmp_path / target / "a" / "b.json").read_bytes() == b"{}"
     assert digests == {
-        name: hashlib.sha256((tensor.dequantize() + np.float32(0)).tobytes()).hexdigest()
-        for name, tensor in zip(("first", "second"), expected, strict=True)
+        name: digest_of(tensor.dequantize()) for name, tensor in zip(("first", "second"), expected, strict=True)
     }
 
 
 def test_blocks_respect_the_multiple() -> None:
-    weight = graph_of(w=np.zeros((10, 64), np.float32)).weights["w"]
+    weight = graph_of(w=np.zeros((100, 64), np.float32)).weights["w"]
     places = [Place("f", 0, 1, codes_of, 4), Place("f", 0, 1, codes_of, 6)]
-    assert list(row_blocks(weight, places)) == [(0, 10)]
-    big = replace(weight, source=ArraySource(np.zeros((100_000, 64), np.float32)))
-    starts = [start for start, _ in row_blocks(big, places)]
-    assert len(starts) == 2 and starts[1] % 12 == 0
+    assert list(row_blocks(weight, places)) == [(0, 100)]
+    big = replace(weight, source=ArraySource(np.zeros((50_000, 64), np.float32)))
+    blocks = list(row_blocks(big, places))
+    assert len(blocks) > 2 and blocks[-1][1] == 50_000
+    assert all(start % 192 == 0 for start, _ in blocks)  # of 4, 6 and the kernels' 64
+    wide = replace(weight, source=ArraySource(np.zeros((128, 1 << 17), np.float32)))
+    assert list(row_blocks(wide, places[:1])) == [(0, 64), (64, 128)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(pour_module, "BLOCK_ELEMENTS", 300)
+    rng = np.random.default_rng(1)
+    graph = graph_of(a=rng.standard_normal((700, 64)).astype(np.float32), b=np.ones((3, 64), np.float32))
+    alone = pour(graph, {Target.GGUF: layout_of(graph)}, tmp_path / "one")
+    together = pour(graph, {Target.GGUF: layout_of(graph)}, tmp_path / "more", threads=threads)
+    assert together == alone
+    for name in ("deep/codes", "scales"):
+        assert (tmp_path / "one/gguf" / name).read_bytes() == (tmp_path / "more/gguf" / name).read_bytes()
+
+
+def test_the_first_error_stops_the_pour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pour_module, "BLOCK_ELEMENTS", 300)
+    graph = graph_of(w=np.zeros((64 * 200, 64), np.float32))
+    written: list[int] = []
+
+    def fills_up(file: int, data: memoryview, offset: int) -> int:
+        written.append(offset)
+        if len(written) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
+    monkeypatch.setattr(os, "pwrite", fills_up)
+    with pytest.raises(ResourceError, match="No space left"):
+        pour(graph, {Target.GGUF: layout_of(graph)}, tmp_path, threads=2)
+    assert len(written) < 40, "what was not begun is not done"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -112,9 +142,15 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_zeros_of_either_sign_have_one_digest() -> None:
-    digests = []
-    for zero in (0.0, -0.0):
-        digest = MatrixDigest()
-        digest.update(np.array([[zero, 1.5]], np.float32))
-        digests.append(digest.hexdigest())
-    assert digests[0] == digests[1]
+    assert digest_of(np.array([[0.0, 1.5]], np.float32)) == digest_of(np.array([[-0.0, 1.5]], np.float32))
+
+
+def test_a_digest_tells_rows_apart() -> None:
+    rows = np.random.default_rng(0).standard_normal((3 * LEAF_ROWS + 5, 8)).astype(np.float32)
+    digests = {digest_of(rows)}
+    for row in (0, LEAF_ROWS, len(rows) - 1):
+        other = rows.copy()
+        other[row, 3] = np.nextafter(other[row, 3], np.float32(9))
+        digests.add(digest_of(other))
+    digests.add(digest_of(np.roll(rows, LEAF_ROWS, axis=0)))
+    assert len(digests) == 5
