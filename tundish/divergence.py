@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from converters.quantize.tensor import F32
 
-_ROWS = 64  # positions at a time: bounds the float64 temporaries
+ROWS = 64  # positions at a time: bounds the float64 temporaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ def compare_logits(pairs: Iterable[tuple[F32, F32, NDArray[np.int64]]]) -> Diver
     same: list[NDArray[np.bool_]] = []
     losses: list[NDArray[np.float64]] = []
     for reference, artifact, following in pairs:
-        for start in range(0, len(reference), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, len(reference), ROWS):
+            rows = slice(start, start + ROWS)
             log_p, log_q = _log_softmax(reference[rows]), _log_softmax(artifact[rows])
             kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
             same.append(log_p.argmax(axis=-1) == log_q.argmax(axis=-1))

@@ -11,6 +11,7 @@ from converters.errors import UsageError
 from converters.generation import read_generation
 from converters.load import load_graph
 from converters.passes.assign import assign_schemes
+from converters.quantize.ggml.mixes import Mix
 from converters.source import Source, resolve_source
 from converters.tokenizer import read_tokenizer
 from exporters.base import Model
@@ -35,7 +36,8 @@ def open_model(source: Source, recipe: Recipe) -> Model:
     """Read headers, configuration and tokenizer, and assign the recipe's schemes. No weight is read."""
     graph = load_graph(source.folder)
     config = graph.config
-    graph = assign_schemes(graph, recipe.schemes.default, recipe.schemes.overrides)
+    default = recipe.schemes.default
+    graph = assign_schemes(graph, default, recipe.schemes.overrides, recipe.calibration.is_on)
     context = config.context_length if recipe.context == "full" else min(recipe.context, config.context_length)
     return Model(
         graph=graph,
@@ -44,6 +46,7 @@ def open_model(source: Source, recipe: Recipe) -> Model:
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
         licence=_licence(source.folder),
         sampling=read_generation(source.folder).sampling,
+        mix=default.name if isinstance(default, Mix) else None,
     )
 
 

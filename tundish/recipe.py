@@ -29,17 +29,15 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-import recipes as packaged
 from converters.errors import UsageError
+from converters.quantize.ggml.mixes import MIXES, Mix
 from converters.quantize.scheme import SCHEMES, Scheme
 from converters.role import Role
-from exporters.base import Target, TargetOptions
-from exporters.options import OPTIONS
+from exporters.options import OPTIONS, TargetOptions
+from exporters.target import Target
+from tundish.library import LIBRARY, NOT_INHERITED, recipe_names
 from tundish.recipe_errors import locate, problems_of
-from tundish.recipe_yaml import SUFFIX, Json, Located, Problem, raise_all, resolve
-
-LIBRARY = Path(packaged.__file__).parent
-NOT_INHERITED = frozenset({"name"})
+from tundish.recipe_yaml import SUFFIX, Files, Json, Located, Problem, raise_all, resolve
 
 
 class Device(StrEnum):
@@ -64,6 +62,23 @@ def _scheme(name: object) -> Scheme:
     return SCHEMES[name]
 
 
+_DEFAULTS: dict[str, Scheme | Mix] = {**SCHEMES, **MIXES}  # a name that is both, such as q6_k, means the mix here
+
+
+def _default(name: object) -> Scheme | Mix:
+    if isinstance(name, Scheme | Mix):
+        return name
+    if not isinstance(name, str) or name not in _DEFAULTS:
+        raise ValueError("one of " + ", ".join(_DEFAULTS))
+    return _DEFAULTS[name]
+
+
+DefaultName = Annotated[
+    Scheme | Mix,
+    PlainValidator(_default),
+    PlainSerializer(lambda scheme: scheme.name, return_type=str),
+    WithJsonSchema({"type": "string", "enum": list(_DEFAULTS)}),
+]
 SchemeName = Annotated[
     Scheme,
     PlainValidator(_scheme),
@@ -116,16 +131,16 @@ class ModelSource(_Part):
 
 
 class Schemes(_Part):
-    """How matrices are stored. Norms stay floats and have no scheme of their own."""
+    """How matrices are stored. Norms stay floats and have no scheme of their own.
 
-    default: SchemeName
+    A default may name a mix of llama.cpp's block types (q4_k_m), which gives each matrix a type of its own. q6_k, q4_0
+    and others name both a mix and a type: the default is the mix, an override the type.
+    """
+
+    default: DefaultName
     overrides: Annotated[
         Mapping[Role, SchemeName], BeforeValidator(_overrides, json_schema_input_type=_OverridesFile)
     ] = Field(default_factory=dict)
-
-    def for_role(self, role: Role) -> Scheme:
-        """The scheme of matrices with this role; a tied embedding has the role EMBEDDING."""
-        return self.overrides.get(role, self.default)
 
 
 class CalibrationSource(StrEnum):
@@ -141,6 +156,11 @@ class Calibration(_Part):
     source: CalibrationSource = CalibrationSource.NONE
     tokens: Count = 128
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the quantizer gets an importance of each column."""
+        return self.source is not CalibrationSource.NONE
 
 
 class Evaluation(_Part):
@@ -266,9 +286,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises one UsageError with every mistake, each with `file:line`.
     """
-    path = _find(name_or_path)
+    return _load(_find(name_or_path), {})
+
+
+def _load(path: Path, files: Files) -> Recipe:
     problems: list[Problem] = []
-    located = _with_name(resolve(path, LIBRARY, NOT_INHERITED, problems), path, problems)
+    located = _with_name(resolve(path, LIBRARY, NOT_INHERITED, problems, files), path, problems)
     try:
         recipe = Recipe.model_validate(located.plain())
     except ValidationError as error:
@@ -279,14 +302,10 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return recipe
 
 
-def recipe_names() -> list[str]:
-    """The names of the packaged recipes, sorted."""
-    return sorted(path.stem for path in LIBRARY.glob(f"*{SUFFIX}"))
-
-
 def list_recipes() -> list[Recipe]:
     """Every packaged recipe, by name."""
-    return [load_recipe(LIBRARY / (name + SUFFIX)) for name in recipe_names()]
+    files: Files = {}
+    return [_load(LIBRARY / (name + SUFFIX), files) for name in recipe_names()]
 
 
 def resolved_yaml(recipe: Recipe) -> str:

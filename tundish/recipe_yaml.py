@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -73,6 +75,21 @@ class Problem:
         return UsageError(self.what, where=str(self.where), expected=self.expected, found=self.found, mend=self.mend)
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """A recipe file by itself: its values, what is wrong with them, and the file it extends."""
+
+    resolved: Path
+    entries: Mapping[str, Located]
+    start: Where
+    problems: tuple[Problem, ...]
+    base: Path | None
+
+
+Files = dict[Path, File]
+"""The files that a call has read so far: recipes share their bases, and each is parsed once."""
+
+
 def raise_all(problems: list[Problem]) -> None:
     """Raise one UsageError that tells every problem, in the order of files and lines; nothing if there is none."""
     if not problems:
@@ -96,8 +113,9 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
     file = display(path)
     text = _read_text(path, file)
     try:
-        _check_depth(text, file)
         root = _parser().compose(text)
+    except MaxDepthExceededError as error:
+        raise _too_deep(Where(file, error.problem_mark.line + 1)) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -137,32 +155,44 @@ def merge(base: Located, over: Located, problems: list[Problem]) -> Located:
     return Located(merged, over.where)
 
 
-def resolve(path: Path, library: Path, not_inherited: frozenset[str], problems: list[Problem]) -> Located:
-    """The file at `path` merged over everything it extends, directly or not.
+def resolve(path: Path, library: Path, not_inherited: frozenset[str], problems: list[Problem], files: Files) -> Located:
+    """The file at `path` merged over everything it extends, directly or not. What it reads is kept in `files`.
 
     A base is looked up beside the file that names it, then in `library`. Keys in `not_inherited` count only in the
     file at `path`. UsageError if a base is missing or the files extend one another in a circle.
     """
-    chain: list[Located] = []
-    seen: list[Path] = []
+    chain: list[File] = []
+    merged: list[Located] = []
     current: Path | None = path
     while current is not None:
-        seen.append(current.resolve())
-        located = read_yaml(current, problems)
-        assert isinstance(located.value, Mapping)
+        if current not in files:
+            files[current] = _read_file(current, library)
+        file = files[current]
+        if file.resolved in [link.resolved for link in chain]:
+            raise _circle(chain, file.resolved)
+        problems += file.problems
         skipped = not_inherited if chain else frozenset[str]()
-        own = {key: entry for key, entry in located.value.items() if key != "extends" and key not in skipped}
-        chain.append(Located(own, located.where))
-        current = _base(located.value.get("extends"), current, library, seen)
-    merged = Located({}, chain[-1].where)
-    for located in reversed(chain):
-        merged = merge(merged, located, problems)
-    return merged
+        own = {key: entry for key, entry in file.entries.items() if key != "extends" and key not in skipped}
+        merged.append(Located(own, file.start))
+        chain.append(file)
+        current = file.base
+    result = Located({}, chain[-1].start)
+    for located in reversed(merged):
+        result = merge(result, located, problems)
+    return result
 
 
-def _base(extends: Located | None, path: Path, library: Path, seen: list[Path]) -> Path | None:
-    if extends is None:
-        return None
+def _read_file(path: Path, library: Path) -> File:
+    problems: list[Problem] = []
+    located = read_yaml(path, problems)
+    assert isinstance(located.value, Mapping)
+    resolved = path.resolve()
+    extends = located.value.get("extends")
+    base = None if extends is None else _base(extends, path, resolved, library)
+    return File(resolved, located.value, located.where, tuple(problems), base)
+
+
+def _base(extends: Located, path: Path, resolved: Path, library: Path) -> Path:
     name = extends.value
     if not isinstance(name, str) or not name:
         found = repr(extends.plain())
@@ -173,14 +203,15 @@ def _base(extends: Located | None, path: Path, library: Path, seen: list[Path]) 
     if not found_paths:
         tried = " or ".join(dict.fromkeys(display(candidate) for candidate in candidates))
         raise Problem(f"extends a recipe that does not exist: {name!r}", extends.where, f"a file {tried}").error()
-    # A recipe may extend the packaged one of its own name: the file itself is never its own base.
-    others = [candidate for candidate in found_paths if candidate.resolve() != path.resolve()]
-    if not others or others[0].resolve() in seen:
-        back = (others or found_paths)[0].resolve()
-        circle = [*seen[seen.index(back) :], back]
-        shown = " -> ".join(display(link) for link in circle)
-        raise Problem("recipes extend one another in a circle", extends.where, found=shown).error()
-    return others[0]
+    # A recipe may extend the packaged one of its own name: the file itself is its own base only where no other is.
+    return next((candidate for candidate in found_paths if candidate.resolve() != resolved), found_paths[0])
+
+
+def _circle(chain: list[File], back: Path) -> UsageError:
+    links = [link.resolved for link in chain]
+    shown = " -> ".join(display(link) for link in [*links[links.index(back) :], back])
+    where = chain[-1].entries["extends"].where
+    return Problem("recipes extend one another in a circle", where, found=shown).error()
 
 
 def _read_text(path: Path, file: str) -> str:
@@ -199,19 +230,14 @@ def _read_text(path: Path, file: str) -> str:
 
 
 def _parser() -> YAML:
-    return YAML(typ="safe", pure=True)  # the C parser gives no composed nodes
+    parser = YAML(typ="safe", pure=True)  # the C parser gives no composed nodes
+    parser.max_depth = MAX_DEPTH + 1  # composing recurses once a level; a value counts as one, and _Reader is exact
+    return parser
 
 
-def _check_depth(text: str, file: str) -> None:
-    """Before composing, which recurses once a level."""
-    depth = 0
-    for event in _parser().parse(text):
-        if isinstance(event, CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise _too_deep(Where(file, event.start_mark.line + 1))
+@cache
+def _constructor() -> SafeConstructor:
+    return SafeConstructor(loader=_parser())
 
 
 def _too_deep(where: Where) -> UsageError:
@@ -234,7 +260,7 @@ class _Reader:
         self.count += 1
         if self.count > MAX_VALUES:
             raise Problem("not a recipe", where, expected=f"at most {MAX_VALUES} values, aliases included").error()
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH and not isinstance(node, ScalarNode):
             raise _too_deep(where)
         kind = str(node.tag).removeprefix(YAML_TAG)
         if not isinstance(node, ScalarNode) and kind not in ("map", "seq"):
@@ -271,7 +297,7 @@ class _Reader:
             self.problems.append(Problem(f"unknown YAML tag {node.tag}", where, expected="a plain value"))
             return text
         try:
-            value = _parser().constructor.construct_object(node)
+            value = _constructor().construct_non_recursive_object(node)
         except (ValueError, KeyError, IndexError):  # what the constructors raise on text that is not of their kind
             shown = repr(text) if len(text) <= 60 else f"{text[:40]!r} and {len(text) - 40} characters more"
             self.problems.append(Problem(f"not a value of YAML's type {kind}", where, found=shown))

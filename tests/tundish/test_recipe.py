@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,23 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import UsageError
-from converters.quantize.scheme import SCHEMES
+from converters.quantize.ggml.mixes import MIXES
+from converters.quantize.scheme import SCHEMES, Scheme
 from converters.role import Role
 from exporters.base import Activations, Target
 from exporters.options import OPTIONS, ExecutionProvider, OnnxOptions, OpenvinoDevice, OpenvinoOptions
+from tundish import library, recipe_yaml
+from tundish.library import LIBRARY, Summary, recipe_names, summaries
 from tundish.recipe import (
-    LIBRARY,
     Device,
     Recipe,
     json_schema,
     list_recipes,
     load_recipe,
     recipe_digest,
-    recipe_names,
     resolved_yaml,
     schema_text,
 )
-from tundish.recipe_yaml import MAX_BYTES, MAX_VALUES, Json, Located, Problem, Where, merge
+from tundish.recipe_yaml import MAX_BYTES, MAX_VALUES, Json, Located, Problem, Where, merge, read_yaml
 
 GGUF, ONNX, OPENVINO, MLX = Target.GGUF, Target.ONNX, Target.OPENVINO, Target.MLX
 
@@ -51,6 +53,7 @@ SHIPPED = {
     "all-fp16": (Device.ANY, {GGUF, ONNX, OPENVINO, MLX}, "fp16"),
     "all-fp32": (Device.ANY, {GGUF, ONNX, OPENVINO, MLX}, "fp32"),
 }
+MIXES_SHIPPED = ["q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m", "q6_k"]  # of Phi-3.5 for GGUF
 SOURCES = {"phi35": "microsoft/Phi-3.5-mini-instruct", "phi4-mini": "microsoft/Phi-4-mini-instruct"}
 
 GOOD = """\
@@ -91,7 +94,8 @@ def message(path: Path | str) -> str:
 
 
 def test_every_asked_for_recipe_ships_and_no_other() -> None:
-    assert recipe_names() == sorted(f"{model}-{name}" for model in SOURCES for name in SHIPPED)
+    mixes = [f"phi35-gguf-{mix}" for mix in MIXES_SHIPPED]
+    assert recipe_names() == sorted([*(f"{model}-{name}" for model in SOURCES for name in SHIPPED), *mixes])
 
 
 @pytest.mark.parametrize("model", SOURCES)
@@ -116,7 +120,40 @@ def test_shipped_recipe(model: str, name: str) -> None:
 
 def test_listing_has_distinct_descriptions_for_one_model() -> None:
     phi35 = [recipe for recipe in list_recipes() if recipe.name.startswith("phi35-")]
-    assert len({recipe.description for recipe in phi35}) == len(phi35) == len(SHIPPED)
+    assert len({recipe.description for recipe in phi35}) == len(phi35) == len(SHIPPED) + len(MIXES_SHIPPED)
+
+
+@pytest.mark.parametrize("mix", MIXES_SHIPPED)
+def test_shipped_mix(mix: str) -> None:
+    recipe = load_recipe(f"phi35-gguf-{mix}")
+    assert recipe.model.source == SOURCES["phi35"] and recipe.context == 4096
+    assert recipe.schemes.default is MIXES[mix] and not recipe.schemes.overrides
+    assert set(recipe.targets) == set(recipe.verify.required) == {GGUF}
+    gates = recipe.verify.for_target(GGUF).gates
+    assert gates.kl is not None and gates.top1 is not None and gates.tokens == 0 and gates.codes_equal
+    assert gates.kl < 1 and gates.top1 > 0.5
+
+
+def test_a_better_mix_has_stricter_gates() -> None:
+    gates = [load_recipe(f"phi35-gguf-{mix}").verify.gates for mix in MIXES_SHIPPED if mix != "iq4_xs"]
+    for worse, better in itertools.pairwise(gates):
+        assert worse.kl is not None and better.kl is not None and better.kl < worse.kl
+        assert worse.top1 is not None and better.top1 is not None and better.top1 > worse.top1
+
+
+def test_a_name_of_a_mix_and_of_a_type_is_the_mix_as_default_and_the_type_as_override() -> None:
+    recipe = load_recipe(write(GOOD.replace("default: int4_g32", "default: q6_k\n  overrides: {lm_head: q6_k}")))
+    assert recipe.schemes.default is MIXES["q6_k"]
+    assert recipe.schemes.overrides == {Role.LM_HEAD: SCHEMES["q6_k"]}
+    again = Recipe.model_validate(recipe.model_dump(mode="json"))
+    assert again.schemes.default is MIXES["q6_k"]
+
+
+def test_a_mix_is_no_override_and_a_type_without_a_mix_may_be_the_default() -> None:
+    assert load_recipe(write(GOOD.replace("int4_g32", "q4_k"))).schemes.default is SCHEMES["q4_k"]
+    told = message(write(GOOD.replace("int4_g32", "q4_k_m\n  overrides: {lm_head: q4_k_m}")))
+    assert "mine.yaml:8" in told and "lm_head" in told and "q6_k" in told
+    assert "q4_k_m" in message(write(GOOD.replace("int4_g32", "q4_k_x")))
 
 
 @pytest.mark.parametrize("model", SOURCES)
@@ -133,9 +170,9 @@ def test_int4_recipes_keep_embedding_and_head_in_int8(model: str) -> None:
     for name in SHIPPED:
         schemes = load_recipe(f"{model}-{name}").schemes
         if name.endswith("int4"):
-            assert {schemes.for_role(role).bits for role in (Role.EMBEDDING, Role.LM_HEAD)} == {8}
-            assert {schemes.for_role(role).bits for role in (Role.ATTN_Q, Role.MLP_DOWN)} == {4}
-        assert all(scheme.symmetric for scheme in [schemes.default, *schemes.overrides.values()])
+            assert schemes.overrides.keys() == {Role.EMBEDDING, Role.LM_HEAD}
+            assert {scheme.bits for scheme in schemes.overrides.values()} == {8}
+        assert isinstance(schemes.default, Scheme) and schemes.default.symmetric
 
 
 @pytest.mark.parametrize("model", SOURCES)
@@ -179,6 +216,65 @@ def test_reading_recipes_imports_no_sdk() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=LIBRARY.parent)
+
+
+def test_the_listing_and_the_help_import_no_more_than_they_show() -> None:
+    code = (
+        "import sys; from tundish.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as ending:\n    assert not ending.code, ending.code\n"
+        "heavy = {'numpy', 'pydantic', 'rich', 'numba', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments in (["recipes"], ["recipes", "--json"], ["--help"], ["build", "--help"], ["--version"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=LIBRARY.parent, capture_output=True)
+
+
+def test_the_listing_says_what_the_recipes_say() -> None:
+    assert list(summaries()) == [
+        Summary(
+            recipe.name,
+            recipe.device,
+            tuple(recipe.targets),
+            recipe.schemes.default.name,
+            recipe.context,
+            recipe.description,
+        )
+        for recipe in list_recipes()
+    ]
+
+
+BROKEN = {
+    "no description": GOOD.replace("description: a recipe\n", ""),
+    "no default scheme": GOOD.replace("default: int4_g32", "overrides: {lm_head: fp16}"),
+    "targets of the wrong kind": GOOD.replace("gguf: {}\n  onnx:\n    accuracy_level: 1", "[gguf, onnx]"),
+    "unknown target": GOOD.replace("gguf: {}", "gguff: {}"),
+    "key twice": GOOD + "device: any\n",
+    "not YAML": GOOD + "verify: {",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_packaged_recipe_that_has_no_row_to_show_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = message(write(BROKEN[case]))
+    assert "mine.yaml:" in expected
+    monkeypatch.setattr(library, "LIBRARY", Path())
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        list(summaries())
+
+
+def test_every_file_is_parsed_once_in_a_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def read_and_count(path: Path, problems: list[Problem]) -> Located:
+        read.append(os.path.relpath(path, LIBRARY))
+        return read_yaml(path, problems)
+
+    monkeypatch.setattr(recipe_yaml, "read_yaml", read_and_count)
+    for listing in (list_recipes, lambda: list(summaries())):
+        read.clear()
+        assert listing()
+        assert len(read) == len(set(read)) and "base/phi35.yaml" in read
 
 
 # Resolved form, digest, schema
@@ -271,8 +367,8 @@ MISTAKES = {
     ),
     "unknown scheme": (
         GOOD.replace("int4_g32", "int4_g33"),
-        "wrong value for schemes.default (mine.yaml:7); expected one of " + ", ".join(SCHEMES) + "; found 'int4_g33'. "
-        "Did you mean int4_g32?",
+        "wrong value for schemes.default (mine.yaml:7); expected one of " + ", ".join({**SCHEMES, **MIXES}) + "; found "
+        "'int4_g33'. Did you mean int4_g32?",
     ),
     "unknown scheme in a flow mapping": (
         GOOD.replace("  default: int4_g32", "  default: int4_g32\n  overrides: {lm_head: 8}"),
@@ -430,6 +526,9 @@ def test_aliases_may_repeat_but_not_explode() -> None:
     assert f"at most {MAX_VALUES} values, aliases included" in message(write(bomb))
     assert "at most 32 levels of nesting" in message(write("a: &a [*a]\n"))
     assert message(write("a: 1\nb: " + "[" * 20_000)).startswith("not a recipe (mine.yaml:2); expected at most 32")
+    for levels in (31, 32):  # the outermost mapping is one more
+        told = message(write("a: 1\nb: " + "[" * levels + "]" * levels + "\n"))
+        assert ("at most 32 levels of nesting" in told) == (levels == 32)
 
 
 def test_a_file_that_is_no_recipe_by_its_size() -> None:
