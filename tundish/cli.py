@@ -8,15 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from converters.errors import TundishError
-from exporters.base import Target
+from exporters.target import Target
 from tundish.disk import disk_errors
 
 if TYPE_CHECKING:
@@ -25,12 +25,33 @@ if TYPE_CHECKING:
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"tundish {version('tundish')}")
         raise typer.Exit
 
 
+# What is not yet of its type, even an absent value, typer converts by pydantic, whose import takes longer than listing
+# the recipes. The --help that typer adds to every command has such a value, and so has an argument left out.
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:  # type: ignore[override]  # typer's own Context
+        return _settled(super().get_help_option(ctx))
+
+
+class _Command(TyperCommand):
+    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:  # type: ignore[override]
+        return _settled(super().get_help_option(ctx))
+
+
+def _settled(flag: TyperOption | None) -> TyperOption | None:
+    if flag is not None:
+        flag.default = False
+    return flag
+
+
 app = typer.Typer(
     name="tundish",
+    cls=_Group,
     help="One Hugging Face language model, quantized once, poured into GGUF, ONNX, OpenVINO and MLX, and verified.",
     no_args_is_help=True,
     add_completion=False,
@@ -44,6 +65,7 @@ ModelOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.")]
 TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
@@ -53,6 +75,7 @@ _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
     os.environ.setdefault("USE_TORCH", "0")  # transformers would import it where it is installed, which takes seconds
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in all that is installed
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs want it
             signal.signal(number, _end)
@@ -92,7 +115,7 @@ def build(
     model: ModelOption = None,
     out: OutOption = None,
     target: TargetOption = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")] = True,
+    verify: VerifyOption = True,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,12 +135,15 @@ def plan(
     model: ModelOption = None,
     out: OutOption = None,
     target: TargetOption = None,
+    verify: VerifyOption = True,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a build would write: exact bytes a tensor, disk and peak memory. Writes nothing."""
+    """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
-    settled, made = job.plan_job(job.Choices(recipe, model, out, target or ()))
+    choices = job.Choices(recipe, model, out, target or (), verify, threads)
+    settled, made = job.plan_job(choices)
     document = {
         "recipe": settled.name,
         "tensors": [
@@ -141,8 +167,10 @@ def plan(
         },
         "disk": made.disk,
         "peak_memory": dict(made.phases),
+        "time": made.time and {part: round(seconds, 3) for part, seconds in made.time.parts().items()},
     }
     show(document, as_json, _plan_text)
+    job.require_fit(choices, settled, made)
 
 
 @app.command()
@@ -179,31 +207,38 @@ def inspect(
     show(document, as_json, _tensor_text)
 
 
-@app.command()
+@app.command(cls=_Command, options_metavar="[OPTIONS] [NAME]", context_settings={"allow_extra_args": True})
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this recipe, resolved.")] = None,
+    context: typer.Context,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the recipes, a row each, or show one with everything it inherits."""
-    from tundish.recipe import json_schema, list_recipes, load_recipe, resolved_yaml
-
+    """List the recipes, a row each, or show the one called NAME with everything it inherits."""
+    name = context.args[0] if context.args else None
+    if len(context.args) > 1:
+        context.fail(f"Got unexpected extra argument ({' '.join(context.args[1:])})")
     if schema:
+        from tundish.recipe import json_schema
+
         print(json.dumps(json_schema(), indent=2))
     elif name is not None:
+        from tundish.recipe import load_recipe, resolved_yaml
+
         recipe = load_recipe(name)
         show(recipe.model_dump(mode="json", exclude_none=True), as_json, lambda _: resolved_yaml(recipe).rstrip())
     else:
+        from tundish.library import summaries
+
         rows = [
             {
                 "name": recipe.name,
-                "device": recipe.device.value,
+                "device": recipe.device,
                 "targets": [target.value for target in recipe.targets],
-                "scheme": recipe.schemes.default.name,
+                "scheme": recipe.scheme,
                 "context": recipe.context,
                 "description": recipe.description.strip(),
             }
-            for recipe in list_recipes()
+            for recipe in summaries()
         ]
         show(rows, as_json, _recipes_text)
 
@@ -318,8 +353,16 @@ def _plan_text(document: dict[str, Any]) -> str:
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
         parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
     peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())
-    parts.append(f"disk: {document['disk']:,} bytes\npeak memory, about: {peaks} bytes, the verifying runtimes aside")
-    return "\n\n".join(parts)
+    needs = [f"disk: {document['disk']:,} bytes", f"peak memory, about: {peaks} bytes, the verifying runtimes aside"]
+    if document["time"] is not None:
+        named = ", ".join(f"{part} {_seconds(spent)}" for part, spent in document["time"].items() if part != "total")
+        total = _seconds(document["time"]["total"])
+        needs.append(f"time, estimated from a quick measurement: {total} = {named}; verification comes on top")
+    return "\n\n".join([*parts, "\n".join(needs)])
+
+
+def _seconds(spent: float) -> str:
+    return f"{spent:.0f} s" if spent >= 10 else f"{spent:.1f} s"
 
 
 def _tensor_text(document: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What a build would write, before any weight is read: exact bytes, disk and memory."""
+"""What a build would write and need, before it starts: exact bytes, disk, memory and time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from pathlib import Path
 
 import psutil
 
+from converters.direct_io import CHUNK
 from converters.errors import ResourceError, UsageError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
+from converters.ops import MAX_SCORES, MAX_WEIGHTS
 from converters.passes.assign import requested_scheme
+from converters.quantize.scheme import NumberType
 from exporters.base import Exporter, Layout, Model, Semantics, Target
-from tundish.pour import BLOCK_ELEMENTS
-from tundish.recipe import CalibrationSource, Recipe
-from tundish.verify import evaluation_shape, long_length
+from tundish.divergence import ROWS
+from tundish.estimate import Time, warm_up
+from tundish.pour import BLOCKS_AHEAD, row_blocks
+from tundish.recipe import Recipe
+from tundish.verify import LONG_TAIL, evaluation_shape, long_length
 
-# A block's float32 rows, its copies while it is quantized and packed, and the candidate table of the scale search
-# (int4 symmetric, the widest: 54 candidates of 4 bytes and 1 zero for each group of 32).
-_BYTES_PER_BLOCK_ELEMENT = 24
-_PROGRAM_BYTES = 400 << 20  # the interpreter, numpy, numba's compiled kernels and a container's SDK
+# What a thread holds of a block at most, in bytes a number. All have the float32 rows beside those of the checkpoint or
+# beside what they are turned into; floats are then copied to be packed, and twice in float32 for their digest.
+_INTEGER_BLOCK = 9
+_GGML_BLOCK = 12
+_FLOAT_BLOCK = 16
 _LIVE_ACTIVATIONS = 4
+_LIVE_LOGITS = 5  # float64 arrays while ROWS positions are compared
+_TOKENIZER_ENTRY = 1 << 10  # bytes of the tokenizers library for an entry of the vocabulary
+_SLACK = 16 << 20  # what the allocator keeps of the memory that arrays had
 _MANIFEST_BYTES = 1 << 20  # manifest.json and report.md, generously
 
 
@@ -48,6 +57,7 @@ class Plan:
     semantics: Mapping[Target, Semantics]
     disk: int
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
+    time: Time | None = None  # None: not measured
 
     @property
     def memory(self) -> int:
@@ -60,8 +70,14 @@ class Plan:
         return sum(math.prod(row.shape) for row in self.rows)
 
 
-def make_plan(model: Model, recipe: Recipe, exporters: Mapping[Target, Exporter]) -> Plan:
-    """Ask every exporter of the recipe whether it can hold the model, and for its layout."""
+def make_plan(
+    model: Model, recipe: Recipe, exporters: Mapping[Target, Exporter], threads: int = 1, verified: bool = True
+) -> Plan:
+    """Ask every exporter of the recipe whether it can hold the model, and for its layout.
+
+    Pours a few rows into nothing: memory is what this process holds with everything loaded, and what the build adds.
+    `verified` is whether the build will verify what the recipe says.
+    """
     layouts, semantics = {}, {}
     for target, options in recipe.targets.items():
         exporter = exporters[target]
@@ -72,33 +88,69 @@ def make_plan(model: Model, recipe: Recipe, exporters: Mapping[Target, Exporter]
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES
-    small = sum(len(data) for layout in layouts.values() for data in layout.small.values())
-    fixed = sum(len(data) for layout in layouts.values() for big in layout.big.values() for _, data in big.fixed)
-    widest = max(weight.shape[-1] for weight in graph.weights.values())
-    held = _PROGRAM_BYTES + small + fixed
-    phases = {"pour": held + max(BLOCK_ELEMENTS, widest) * _BYTES_PER_BLOCK_ELEMENT}
-    if recipe.calibration.source is not CalibrationSource.NONE:
-        phases["calibration"] = held + _interpreter_bytes(graph, recipe.calibration.tokens)
-    if recipe.verify.enabled:
-        sequences, length = evaluation_shape(recipe, model.context_length)
-        tokens = max(sequences * length, long_length(model) or 0)
-        logits = tokens // sequences * graph.config.vocab_size * 4  # of one sequence at a time
-        phases["reference"] = held + _interpreter_bytes(graph, tokens) + logits
+    calibrated = calibration_tokens(graph, recipe) > 0
+    warm_up(graph, layouts, calibrated)
+    held = own_memory() + _SLACK
+    phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
+    if calibrated:
+        phases["calibration"] = held + _interpreter_bytes(graph, 1, recipe.calibration.tokens)
+    if verified and recipe.verify.enabled:
+        phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
     return Plan(layouts, rows, semantics, disk, phases)
 
 
-def _interpreter_bytes(graph: Graph, tokens: int) -> int:
-    """What the interpreter holds at most: one node's weights in float32 beside a copy as stored, its input and output,
-    the residual, and a few temporaries of an activation."""
-    weights = max(
-        sum(math.prod(graph.weights[name].shape) for name in node.op.weights) for node in graph.nodes if node.op.weights
-    )
+def calibration_tokens(graph: Graph, recipe: Recipe) -> int:
+    """How many tokens the model reads before its weights are quantized; 0 if none are, or the recipe asks for none."""
+    quantized = any(weight.scheme.is_quantized for weight in graph.weights.values())
+    return recipe.calibration.tokens if recipe.calibration.is_on and quantized else 0
+
+
+def own_memory() -> int:
+    """What this process holds now."""
+    held: int = psutil.Process().memory_info().rss
+    return held
+
+
+def _pour_bytes(graph: Graph, layouts: Mapping[Target, Layout], threads: int, calibrated: bool) -> int:
+    """What a pour holds at most: the blocks of its threads, packed ones that wait for the disk, and the importances."""
+    importance = sum(weight.shape[-1] * 4 for weight in graph.weights.values()) if calibrated else 0
+    return threads * (max(_block_bytes(weight, layouts) for weight in graph.weights.values()) + CHUNK) + importance
+
+
+def _block_bytes(weight: Weight, layouts: Mapping[Target, Layout]) -> int:
+    """Of a thread whose blocks are this weight's: one being quantized, BLOCKS_AHEAD packed."""
+    places = [place for layout in layouts.values() for place in layout.places[weight.name]]
+    start, stop = next(iter(row_blocks(weight, places)))
+    kinds = {NumberType.INT: _INTEGER_BLOCK, NumberType.GGML: _GGML_BLOCK}
+    row = math.prod(weight.shape[1:]) * kinds.get(weight.scheme.type, _FLOAT_BLOCK)
+    return (stop - start) * (row + BLOCKS_AHEAD * sum(place.row_nbytes for place in places))
+
+
+def _verify_phases(model: Model, recipe: Recipe) -> dict[str, int]:
+    """What verification holds: the interpreter and the logits of one sequence, then these beside an artifact's."""
+    graph, vocabulary = model.graph, model.graph.config.vocab_size
+    sequences, length = evaluation_shape(recipe, model.context_length)
+    long = long_length(model) or 0
+    computed = max(_interpreter_bytes(graph, sequences, length), _interpreter_bytes(graph, 1, long))
+    logits = max(length, LONG_TAIL if long else 0) * vocabulary * 4
+    tokenizer = vocabulary * _TOKENIZER_ENTRY
+    compared = min(ROWS, length) * vocabulary * 8 * _LIVE_LOGITS
+    return {"reference": tokenizer + computed + logits, "comparison": tokenizer + 2 * logits + compared}
+
+
+def _interpreter_bytes(graph: Graph, sequences: int, length: int) -> int:
+    """What the interpreter holds at most: rows of a weight in float32 beside a copy as stored, a node's input and
+    output, the residual, a few temporaries of an activation, and attention scores with one of theirs."""
+    weights = min(MAX_WEIGHTS, max(math.prod(weight.shape) for weight in graph.weights.values()))
     features = max(shape[-1] for name, shape in infer_shapes(graph, 1, 1).items() if name not in (TOKEN_IDS, LOGITS))
-    return weights * 6 + tokens * features * 4 * _LIVE_ACTIVATIONS
+    shared = graph.config.num_heads // graph.config.num_kv_heads
+    scores = min(MAX_SCORES, shared * length * length)
+    return weights * 6 + sequences * length * features * 4 * _LIVE_ACTIVATIONS + scores * 8
 
 
 def _row(graph: Graph, weight: Weight, recipe: Recipe, layouts: Mapping[Target, Layout]) -> Row:
-    requested = requested_scheme(graph, weight, recipe.schemes.default, recipe.schemes.overrides)
+    schemes = recipe.schemes
+    requested = requested_scheme(graph, weight, schemes.default, schemes.overrides, recipe.calibration.is_on)
     nbytes = {
         target: sum(place.row_nbytes * weight.shape[0] for place in layout.places[weight.name])
         for target, layout in layouts.items()
@@ -116,11 +168,17 @@ def require_modules(exporter: Exporter) -> None:
         )
 
 
-def require_resources(plan: Plan, out: Path) -> None:
-    """ResourceError if the disk that holds `out` or the free memory cannot take the plan."""
+def disk_of(out: Path) -> Path:
+    """The folder to ask about the disk that will hold `out`: the innermost one that exists."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    return parent
+
+
+def require_resources(plan: Plan, out: Path) -> None:
+    """ResourceError if the disk that holds `out` or the free memory cannot take the plan."""
+    parent = disk_of(out)
     if not os.access(parent, os.W_OK):
         raise ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
     free = shutil.disk_usage(parent).free
@@ -132,6 +190,7 @@ def require_resources(plan: Plan, out: Path) -> None:
             found=f"{free:,}",
             mend="Free space, choose another --out, or fewer targets with --target.",
         )
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available + own_memory()  # the plan counts what this process holds already
     if available < plan.memory:
-        raise ResourceError("not enough memory", expected=f"{plan.memory:,} bytes available", found=f"{available:,}")
+        mend = "Use fewer --threads, or verify on a larger machine: --no-verify needs less."
+        raise ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)

@@ -111,6 +111,15 @@ def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, po
     for row in plan["tensors"]:
         assert row["name"] in text and f"{row['bytes']['gguf']:,}" in text
     assert f"disk: {plan['disk']:,} bytes" in text
+    assert "time, estimated from a quick measurement: " in text
+    assert list(plan["time"]) == ["prepare", "calibrate", "read", "quantize", "write", "digest", "total"]
+    assert plan["time"]["total"] > 0
+
+
+def test_plan_counts_what_the_build_will_do(tundish: Run, gguf_recipe: Path) -> None:
+    plan = json.loads(tundish("plan", gguf_recipe, "--json").out)
+    without = json.loads(tundish("plan", gguf_recipe, "--no-verify", "--threads", 4, "--json").out)
+    assert set(plan["peak_memory"]) == {"pour", "reference", "comparison"} and set(without["peak_memory"]) == {"pour"}
 
 
 def test_plan_names_a_group_that_does_not_divide_the_row(tundish: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -244,6 +253,13 @@ def test_status_5_no_disk(tundish: Run, gguf_recipe: Path, tmp_path: Path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
     require_refusal(tundish("build", gguf_recipe, "--out", tmp_path / "out", "--json"), 5, "not enough disk")
+    planned = tundish("plan", gguf_recipe, "--out", tmp_path / "out", "--json")
+    assert planned.status == 5 and planned.err.startswith("tundish: not enough disk")
+    document = json.loads(planned.out)
+    assert f"expected {document['disk']:,} bytes free; found 1." in planned.err
+    assert document["time"] is None, "what cannot be done takes no time"
+    text = tundish("plan", gguf_recipe, "--out", tmp_path / "out")
+    assert text.status == 5 and f"disk: {document['disk']:,} bytes" in text.out and "time," not in text.out
 
 
 # ---- signals and pipes ----

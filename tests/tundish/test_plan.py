@@ -1,0 +1,67 @@
+"""The plan: what memory it counts, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from converters.errors import ResourceError
+from converters.source import Source
+from exporters.base import Model
+from exporters.registry import EXPORTERS
+from tests.tundish.tiny import INT4, write_recipe
+from tundish.model import open_model
+from tundish.plan import make_plan, own_memory, require_resources
+from tundish.recipe import Recipe, load_recipe
+
+CALIBRATED = {"source": "random-tokens", "tokens": 16}
+
+
+def opened(checkpoint: Path, folder: Path, **changes: object) -> tuple[Model, Recipe]:
+    changes = {"targets": {"gguf": {}}, "schemes": INT4, **changes}
+    recipe = load_recipe(write_recipe(folder / "r.yaml", checkpoint, **changes))
+    return open_model(Source("tiny", checkpoint), recipe), recipe
+
+
+def test_only_the_phases_of_the_build_count(checkpoint: Path, tmp_path: Path) -> None:
+    model, recipe = opened(checkpoint, tmp_path)
+    assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour", "reference", "comparison"}
+    assert set(make_plan(model, recipe, EXPORTERS, verified=False).phases) == {"pour"}
+    model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, verify={"enabled": False})
+    assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour", "calibration"}
+    model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, schemes={"default": "fp16"})
+    assert "calibration" not in make_plan(model, recipe, EXPORTERS).phases, "floats are not calibrated"
+
+
+def test_each_thread_needs_its_blocks(checkpoint: Path, tmp_path: Path) -> None:
+    model, recipe = opened(checkpoint, tmp_path)
+    one, four = (make_plan(model, recipe, EXPORTERS, threads, verified=False).memory for threads in (1, 4))
+    assert one > own_memory() and four - one > 3 * (4 << 20)
+
+
+def test_what_does_not_fit_is_refused_with_both_figures(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(*opened(checkpoint, tmp_path), EXPORTERS, verified=False)
+    require_resources(plan, tmp_path / "not" / "yet")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.disk - 1))
+        with pytest.raises(ResourceError, match=f"{plan.disk:,} bytes free; found {plan.disk - 1:,}"):
+            require_resources(plan, tmp_path / "out")
+    memory = psutil.virtual_memory()
+    missing = plan.memory - own_memory()  # the plan counts what this process holds already
+    assert 0 < missing < plan.memory
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=missing + (8 << 20)))
+        require_resources(plan, tmp_path / "out")
+        patch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=missing - (8 << 20)))
+        with pytest.raises(ResourceError, match=f"expected {plan.memory:,} bytes; found .*--no-verify"):
+            require_resources(plan, tmp_path / "out")
+    verified = replace(plan, phases={**plan.phases, "reference": 1 << 60})
+    with pytest.raises(ResourceError, match="not enough memory"):
+        require_resources(verified, tmp_path / "out")
