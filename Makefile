@@ -11,7 +11,7 @@ export MODEL OUT THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all check format lock schema wheel clean $(RECIPES)
+.PHONY: help setup test test-all bench bench-peers check format lock schema wheel clean $(RECIPES)
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -37,6 +37,17 @@ test: $(VENV)/.test-ready ## Run the fast tests; ARGS= goes to pytest
 
 test-all: $(VENV)/.test-ready ## Run all tests, also the slow ones and those that need the network
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# Where checkpoints and artifacts of benchmarks go: see benchmarks/README.md, also for what ARGS may be.
+WORK ?= build/bench
+
+bench: $(VENV)/.test-ready ## Measure conversions of a 3.8 B model, 8 GB, made in WORK= (25 GB); ARGS= go to benchmarks.convert
+	$(BIN)/python -m benchmarks.convert --work "$(WORK)" $(ARGS)
+	$(BIN)/python -m benchmarks.memory --work "$(WORK)"
+
+bench-peers: $(VENV)/.test-ready ## The same beside other converters, and decode steps; PEERS="ENV ENV" LLAMA_CPP=DIR say where they are
+	$(BIN)/python -m benchmarks.convert --work "$(WORK)" --with-peers $(PEERS:%=--peers %) $(LLAMA_CPP:%=--llama-cpp %) $(ARGS)
+	$(BIN)/python -m benchmarks.decode --work "$(WORK)" $(PEERS:%=--peers %) $(LLAMA_CPP:%=--llama-cpp %)
 
 check: $(VENV)/.test-ready ## Lint, formatting, types and the fast tests
 	$(BIN)/ruff check
