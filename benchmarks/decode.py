@@ -3,9 +3,9 @@
     python -m benchmarks.decode --work build/bench --models sample phi-3.5-mini --peers ENV --llama-cpp DIR
 
 Both artifacts are open at the same time, each in its own process, and decode in turn. A step's time is the median of a
-round's steps. Where the weights come to lie in memory alone makes identical files differ by up to a tenth, so both are
-opened anew for each session. The ratio is the median over all rounds of the peer's step over ours: above 1 ours is
-faster. How far it is from certain shows in the quartiles of those ratios.
+round's steps. Where weights come to lie in memory alone makes identical files differ by up to a tenth, and the one that
+was opened first is the slower one, so both are opened anew for each session, in turn. The ratio is the median over all
+rounds of the peer's step over ours: above 1 ours is faster. How sure it is shows in the quartiles of those ratios.
 """
 
 from __future__ import annotations
@@ -130,14 +130,16 @@ def measure(pair: Pair, checkpoint: Path, cache: Path, options: argparse.Namespa
         only = ["--no-verify", "--target", pair.runtime]
         run([sys.executable, "-m", "tundish", "build", recipe, "--model", checkpoint, "--out", ours, *only])
     slow = pair.runtime == "mlx" and sys.platform != "darwin"  # no GPU: a step takes seconds
-    tokens, sessions, rounds = (2, 1, 3) if slow else (options.tokens, options.sessions, options.rounds)
+    tokens, sessions, rounds = (2, 2, 2) if slow else (options.tokens, options.sessions, options.rounds)
     found = Compared([], [])
-    for _ in range(sessions):
+    for session in range(sessions):
+        artifacts = [ours / pair.artifact, theirs / pair.peer.artifact]
+        turn = 1 if session % 2 == 0 else -1
         with ExitStack() as stack:
-            mine, other = (
-                stack.enter_context(worker(pair.runtime, artifact, tokens, options.threads))
-                for artifact in (ours / pair.artifact, theirs / pair.peer.artifact)
-            )
+            opened = [
+                stack.enter_context(worker(pair.runtime, path, tokens, options.threads)) for path in artifacts[::turn]
+            ]
+            mine, other = opened[::turn]
             compare(mine, other, rounds, found)
     return found
 
@@ -198,7 +200,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of shapes: another number of blocks than their own")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--tokens", type=int, default=64, help="a round")
-    parser.add_argument("--sessions", type=int, default=5, help="how often both artifacts are opened")
+    parser.add_argument("--sessions", type=int, default=6, help="how often both artifacts are opened")
     parser.add_argument("--rounds", type=int, default=5, help="of each, a session")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", action="store_true", help="keep the artifacts for another run")

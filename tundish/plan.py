@@ -32,7 +32,7 @@ _GGML_BLOCK = 12
 _FLOAT_BLOCK = 16
 _LIVE_ACTIVATIONS = 4
 _LIVE_LOGITS = 5  # float64 arrays while ROWS positions are compared
-_TOKENIZER_ENTRY = 1 << 10  # bytes of the tokenizers library for an entry of the vocabulary
+_TOKENIZER_ENTRY = 1280  # bytes of the tokenizers library for an entry of the vocabulary
 _SLACK = 16 << 20  # what the allocator keeps of the memory that arrays had
 _MANIFEST_BYTES = 1 << 20  # manifest.json and report.md, generously
 

@@ -9,9 +9,9 @@ fp16, and the codes are rounded against the stored scale.
 The products are weighted by the importance of each input column where one is given: with the column's mean square, the
 error that counts is that of the layer's output (as if inputs were uncorrelated), not of the weights.
 
-Groups are laid out as vector lanes (see rtn_search.py): the result does not depend on vector width, thread count or how a
-matrix is cut into blocks of rows. The kernels run on the calling thread without the GIL; the pour's threads are what
-makes them parallel.
+Groups are laid out as vector lanes (see rtn_search.py): the result does not depend on vector width, thread count or how
+a matrix is cut into blocks of rows. The kernels run on the calling thread without the GIL; the threads of the pour are
+what makes them parallel.
 """
 
 from __future__ import annotations
