@@ -66,10 +66,10 @@ def build_command(work: Work, checkpoint: Path, out: Path) -> list[str | Path]:
 def measure_ours(work: Work, checkpoint: Path, scratch: Path, figures: Figures) -> None:
     """One round of tundish, and of copying what it read and wrote."""
     out = scratch / "ours"
-    settle()
+    settle(checkpoint)
     figures.ours.append(run(build_command(work, checkpoint, out)))
     figures.artifacts = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    figures.copies.append(copy_cost(sorted(checkpoint.glob("*.safetensors")), out, scratch / "copy"))
+    figures.copies.append(copy_cost(checkpoint, out, scratch / "copy"))
     shutil.rmtree(out)
 
 

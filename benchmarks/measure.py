@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -75,17 +75,21 @@ def _failure(words: Sequence[str], status: int, last: str) -> str:
     return f"{' '.join(words[:4])} … {ending}: {last or 'no output'}"
 
 
-def settle() -> None:
-    """Have the kernel write what earlier runs left in its cache, so that the next one does not pay for it."""
+def settle(checkpoint: Path) -> None:
+    """Have the kernel write what earlier runs left in its cache, and keep the checkpoint there: all begin alike."""
     os.sync()
+    for path in checkpoint.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
 
 
-def copy_cost(sources: Iterable[Path], artifacts: Path, scratch: Path) -> Cost:
+def copy_cost(checkpoint: Path, artifacts: Path, scratch: Path) -> Cost:
     """Reading the checkpoint and writing the artifacts' bytes once: what a conversion cannot save.
 
     The copy in `scratch` is removed again; that is not part of the cost.
     """
-    settle()
-    cost = run([sys.executable, "-m", "benchmarks.copy", scratch, artifacts, *sources])
+    settle(checkpoint)
+    cost = run([sys.executable, "-m", "benchmarks.copy", scratch, artifacts, *sorted(checkpoint.glob("*.safetensors"))])
     shutil.rmtree(scratch)
     return cost

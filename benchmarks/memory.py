@@ -22,7 +22,7 @@ def measure(work: Path, shape: str, layers: int) -> Cost:
     checkpoint = made_checkpoint(work, shape, layers).absolute()
     out = work.absolute() / "memory"
     shutil.rmtree(out, ignore_errors=True)
-    settle()
+    settle(checkpoint)
     try:
         return run(build_command(WORKS["all"], checkpoint, out))
     finally:

@@ -73,7 +73,7 @@ class Peer:
         """Run it into a new folder. MissingError if it is not installed, CommandError if it fails."""
         commands = self.commands(installed, checkpoint, out)
         out.mkdir(parents=True)
-        settle()
+        settle(checkpoint)
         costs = [run(command, cwd=out, extra=ENVIRONMENT) for command in commands]
         return sum(costs[1:], costs[0])
 
