@@ -142,8 +142,7 @@ def plan(
     """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
-    choices = job.Choices(recipe, model, out, target or (), verify, threads)
-    settled, made = job.plan_job(choices)
+    settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads))
     document = {
         "recipe": settled.name,
         "tensors": [
@@ -170,7 +169,8 @@ def plan(
         "time": made.time and {part: round(seconds, 3) for part, seconds in made.time.parts().items()},
     }
     show(document, as_json, _plan_text)
-    job.require_fit(choices, settled, made)
+    if made.shortage is not None:
+        raise made.shortage
 
 
 @app.command()

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,7 +213,8 @@ def _row_nbytes(source: TensorSource) -> int:
 def _scratch_speeds(folder: Path, threads: int, together: Together) -> tuple[float, float, float]:
     """Seconds a byte of writing as a pour does, of writing until it is on the disk, and of hashing what was written."""
     data = memoryview(np.random.default_rng(0).bytes(_WRITE_CHUNK))  # no zeros: some file systems do not write them
-    nbytes = -(-_WRITE_BYTES // (threads * _WRITE_CHUNK)) * _WRITE_CHUNK  # a thread
+    room = shutil.disk_usage(folder).free // 2  # a build that fits does so by little, maybe
+    nbytes = max(1, min(_WRITE_BYTES, room) // (threads * _WRITE_CHUNK)) * _WRITE_CHUNK  # a thread
     with tempfile.TemporaryDirectory(prefix=".tundish-plan-", dir=folder) as scratch:
         paths = [Path(scratch) / str(number) for number in range(threads)]
         unwritten, unhashed = iter(paths), iter(paths)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from converters.errors import GateError, ResourceError, UsageError
+from converters.errors import GateError, UsageError
 from converters.file_digest import sha256_of
 from converters.quantize.importance import random_token_importance
 from converters.quantize.tensor import F32
@@ -23,7 +23,7 @@ from tundish.estimate import estimate_time
 from tundish.manifest import build_manifest, verification_record
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
-from tundish.plan import Plan, calibration_tokens, disk_of, make_plan, require_resources
+from tundish.plan import Plan, calibration_tokens, disk_of, make_plan, shortage_of
 from tundish.pour import pour
 from tundish.publish import files_in, publish, require_replaceable, staging
 from tundish.recipe import Recipe, load_recipe, recipe_digest
@@ -77,7 +77,7 @@ def settle_source(choices: Choices, recipe: Recipe) -> Source:
 def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
     """What a build would write and need; writes a temporary file to measure the disk, and nothing else.
 
-    The time is left out if the plan does not fit this machine: `require_fit` says why.
+    What this machine lacks for it is its `shortage`; the time is measured where there is none.
     """
     start = perf_counter()
     recipe = settle_recipe(choices)
@@ -87,18 +87,12 @@ def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
     plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
     prepare = perf_counter() - start
     out = output(choices, recipe)
-    try:
-        require_resources(plan, out)
-    except ResourceError:
-        return recipe, plan
+    shortage = shortage_of(plan, out)
+    if shortage is not None:
+        return recipe, replace(plan, shortage=shortage)
     files, tokens = source_files(source.folder).values(), calibration_tokens(model.graph, recipe)
     time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, tokens, prepare)
     return recipe, replace(plan, time=time)
-
-
-def require_fit(choices: Choices, recipe: Recipe, plan: Plan) -> None:
-    """ResourceError if disk or memory cannot take the plan."""
-    require_resources(plan, output(choices, recipe))
 
 
 def output(choices: Choices, recipe: Recipe) -> Path:
@@ -122,7 +116,9 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     stamp = source_stamp(source.folder)
     model = open_model(source, recipe)
     plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
-    require_resources(plan, out)
+    shortage = shortage_of(plan, out)
+    if shortage is not None:
+        raise shortage
     with staging(out) as folder:
         importance = calibrate(model, recipe, watcher)
         watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)

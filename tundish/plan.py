@@ -58,6 +58,7 @@ class Plan:
     disk: int
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
     time: Time | None = None  # None: not measured
+    shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
 
     @property
     def memory(self) -> int:
@@ -176,14 +177,14 @@ def disk_of(out: Path) -> Path:
     return parent
 
 
-def require_resources(plan: Plan, out: Path) -> None:
-    """ResourceError if the disk that holds `out` or the free memory cannot take the plan."""
+def shortage_of(plan: Plan, out: Path) -> ResourceError | None:
+    """What the disk that holds `out` or the free memory lacks for the plan; None if they can take it."""
     parent = disk_of(out)
     if not os.access(parent, os.W_OK):
-        raise ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
+        return ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
     free = shutil.disk_usage(parent).free
     if free < plan.disk:
-        raise ResourceError(
+        return ResourceError(
             "not enough disk",
             where=str(parent),
             expected=f"{plan.disk:,} bytes free",
@@ -193,4 +194,5 @@ def require_resources(plan: Plan, out: Path) -> None:
     available = psutil.virtual_memory().available + own_memory()  # the plan counts what this process holds already
     if available < plan.memory:
         mend = "Use fewer --threads, or verify on a larger machine: --no-verify needs less."
-        raise ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)
+        return ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)
+    return None

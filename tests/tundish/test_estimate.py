@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from exporters.registry import EXPORTERS
 from tests.converters.arrays import ArraySource
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import estimate, pour
+from tundish.big_file import BigFileWriter
 from tundish.estimate import Time, estimate_time, kinds_of_work, warm_up
 from tundish.model import open_model
 from tundish.plan import make_plan
@@ -51,8 +53,8 @@ def test_every_part_is_measured_and_the_folder_left_as_it_was(
     (tmp_path / "mine").write_text("x")
     files = source_files(checkpoint).values()
     spent = estimate_time(model.graph, layouts, files, tmp_path, threads, calibration_tokens=8, prepare=1)
-    assert all(0 < part < 60 for name, part in spent.parts().items() if name != "quantize")
-    assert 0 <= spent.quantize < 60
+    assert all(part > 0 for name, part in spent.parts().items() if name != "quantize")
+    assert spent.quantize >= 0
     assert estimate_time(model.graph, layouts, files, tmp_path, threads).calibrate == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -102,6 +104,25 @@ def test_what_is_measured_is_multiplied(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=99))
     without_room = estimate_time(model.graph, layouts, [source], tmp_path, 1)
     assert without_room.digest == pytest.approx(spent.digest + without_room.read), "the checkpoint is read again"
+
+
+def test_a_nearly_full_disk_is_not_filled(
+    opened: tuple[Model, dict[Target, Layout]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layouts = opened
+    source = tmp_path / "weights"
+    source.write_bytes(bytes(100))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=6 << 20))
+    sizes: list[int] = []
+
+    def noted(path: Path, nbytes: int) -> BigFileWriter:
+        sizes.append(nbytes)
+        return BigFileWriter(path, nbytes)
+
+    monkeypatch.setattr(estimate, "BigFileWriter", noted)
+    estimate_time(model.graph, layouts, [source], tmp_path, 2)
+    assert sizes == [1 << 20] * 2, "half of what is free, in whole pieces"
 
 
 def test_a_folder_that_takes_nothing_is_told(opened: tuple[Model, dict[Target, Layout]], tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from converters.errors import ResourceError
 from converters.source import Source
 from exporters.base import Model
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, write_recipe
+from tundish.job import Choices, plan_job
 from tundish.model import open_model
-from tundish.plan import make_plan, own_memory, require_resources
+from tundish.plan import make_plan, own_memory, shortage_of
 from tundish.recipe import Recipe, load_recipe
 
 CALIBRATED = {"source": "random-tokens", "tokens": 16}
@@ -47,21 +47,32 @@ def test_what_does_not_fit_is_refused_with_both_figures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(*opened(checkpoint, tmp_path), EXPORTERS, verified=False)
-    require_resources(plan, tmp_path / "not" / "yet")
+    assert shortage_of(plan, tmp_path / "not" / "yet") is None
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.disk - 1))
-        with pytest.raises(ResourceError, match=f"{plan.disk:,} bytes free; found {plan.disk - 1:,}"):
-            require_resources(plan, tmp_path / "out")
+        assert f"{plan.disk:,} bytes free; found {plan.disk - 1:,}" in str(shortage_of(plan, tmp_path / "out"))
     memory = psutil.virtual_memory()
     missing = plan.memory - own_memory()  # the plan counts what this process holds already
     assert 0 < missing < plan.memory
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=missing + (8 << 20)))
-        require_resources(plan, tmp_path / "out")
+        assert shortage_of(plan, tmp_path / "out") is None
         patch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=missing - (8 << 20)))
-        with pytest.raises(ResourceError, match=f"expected {plan.memory:,} bytes; found .*--no-verify"):
-            require_resources(plan, tmp_path / "out")
+        told = str(shortage_of(plan, tmp_path / "out"))
+        assert f"expected {plan.memory:,} bytes; found " in told and "--no-verify" in told
     verified = replace(plan, phases={**plan.phases, "reference": 1 << 60})
-    with pytest.raises(ResourceError, match="not enough memory"):
-        require_resources(verified, tmp_path / "out")
+    assert "not enough memory" in str(shortage_of(verified, tmp_path / "out"))
+
+
+def test_a_plan_that_does_not_fit_is_made_but_not_timed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4)
+    choices = Choices(str(recipe), out=tmp_path / "out", verify=False)
+    _, plan = plan_job(choices)
+    assert plan.shortage is None and plan.time is not None
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    _, plan = plan_job(choices)
+    assert plan.time is None and "found 1" in str(plan.shortage)
