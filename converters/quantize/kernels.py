@@ -7,11 +7,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
-U8 = NDArray[np.uint8]
+from converters.quantize.tensor import F32, U8, FloatArray
 
 
-def widen(stored: NDArray[np.floating] | NDArray[ml_dtypes.bfloat16]) -> tuple[F32, bool]:
+def widen(stored: FloatArray) -> tuple[F32, bool]:
     """Floats of any type as float32, of the same shape, and whether all of them are finite."""
     if stored.dtype == ml_dtypes.bfloat16:
         values, finite = _widen_bf16(np.ascontiguousarray(stored).reshape(-1).view(np.uint16))

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from converters.quantize.half import to_fp16
 from converters.quantize.rtn_search import round_codes, search_asymmetric, search_symmetric
 from converters.quantize.scheme import Scheme
-from converters.quantize.tensor import F16, F32, QuantTensor
+from converters.quantize.tensor import F32, QuantTensor
 
 _INT4_END = np.arange(-1.2, 2.1, 0.4)  # on 8: where the extreme value lands
-_INT4_PLAIN = 7  # of these are worth trying where all columns count the same: clipping more of the range never wins
+_INT4_PLAIN = 7  # of these are tried where all columns count the same: clipping more of the range gains nothing
 _INT4_FINE = np.array([0.975, 0.9875, 1.0125, 1.025], np.float32)  # factors on the best of them
 _INT8_END = np.arange(-2, 2.1, 1)  # on 127
 _INT8_FINE = np.array([0.996, 1.004], np.float32)
@@ -48,10 +49,10 @@ def quantize_rtn(weight: F32, scheme: Scheme, importance: F32 | None = None) -> 
         middle = 1 << (scheme.bits - 1)
         steps, fine = _steps(scheme.bits, weighted=counts is not None)
         scale = search_symmetric(groups, counts, steps, fine, low - middle, top - middle)
-        stored, zero = _as_fp16(scale), np.broadcast_to(np.uint8(middle), scale.shape)
+        stored, zero = to_fp16(scale, weight), np.broadcast_to(np.uint8(middle), scale.shape)
     else:
         scale, zero = search_asymmetric(groups, counts, _SPANS, top)
-        stored = _as_fp16(_round_significand(scale))
+        stored = to_fp16(_round_significand(scale), weight)
     codes = round_codes(groups, stored.astype(np.float32), zero, low, top)
     return QuantTensor(codes.reshape(rows, width), stored, None if scheme.symmetric else zero, scheme.bits)
 
@@ -63,14 +64,6 @@ def _steps(bits: int, weighted: bool) -> tuple[F32, F32]:
     end = 8 + (_INT4_END if weighted else _INT4_END[:_INT4_PLAIN])
     # -8 is further out than +7: mapping the extreme value to the far or the near end are different candidates.
     return np.concatenate([-end, end - 1]).astype(np.float32), _INT4_FINE
-
-
-def _as_fp16(scale: F32) -> F16:
-    with np.errstate(over="ignore"):
-        stored = scale.astype(np.float16)
-    if not np.isfinite(stored).all():
-        raise OverflowError(f"a scale of {np.abs(scale).max():.3g} does not fit fp16")
-    return stored
 
 
 def _round_significand(scale: F32) -> F32:

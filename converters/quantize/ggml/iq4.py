@@ -21,10 +21,10 @@ from converters.quantize.ggml.symmetric_search import (
     I8,
     SUPERBLOCK,
     Search,
-    fp16_at,
     search_blocks,
     search_superblocks,
 )
+from converters.quantize.half import fp16_at
 from converters.quantize.tensor import F32, U8
 
 _SIZE = 32  # values in a block of IQ4_NL and in a sub-block of IQ4_XS

@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from converters.quantize.ggml.k_affine_search import SUPERBLOCK, search
+from converters.quantize.half import to_fp16
 from converters.quantize.tensor import F32, U8
 
 _HALVES = 4  # bytes of d and dmin
@@ -34,9 +35,8 @@ class _Format:
     top: int  # largest code
     levels: int  # largest integer scale or minimum
     halves: int  # where in a block d and dmin are
-    ends: F32  # f32[candidates, 2]: see _search_tile in k_affine_search, as the next two
+    ends: F32  # f32[candidates, 2]: see _search_tile in k_affine_search, as the next
     steps: F32
-    rounds: int
 
 
 # Ends of the range, by greedy choice: each one is what lowers the error of those before it most, of all pairs on a grid
@@ -110,9 +110,9 @@ _ENDS_5BIT = np.array(
 _STEPS_4BIT = np.array([-4, -2, -1, -0.5, 0, 0.5], np.float32)
 _STEPS_6BIT = np.array([-7, -4, -2, -1, 0, 0.7], np.float32)
 
-_Q2_K = _Format("q2_k", 84, 16, 3, 15, 80, _ENDS_2BIT, _STEPS_4BIT, 1)
-_Q4_K = _Format("q4_k", 144, 32, 15, 63, 0, _ENDS_4BIT, _STEPS_6BIT, 1)
-_Q5_K = _Format("q5_k", 176, 32, 31, 63, 0, _ENDS_5BIT, _STEPS_6BIT, 1)
+_Q2_K = _Format("q2_k", 84, 16, 3, 15, 80, _ENDS_2BIT, _STEPS_4BIT)
+_Q4_K = _Format("q4_k", 144, 32, 15, 63, 0, _ENDS_4BIT, _STEPS_6BIT)
+_Q5_K = _Format("q5_k", 176, 32, 31, 63, 0, _ENDS_5BIT, _STEPS_6BIT)
 
 
 def quantize_q2_k(values: F32, importance: F32 | None = None) -> U8:
@@ -158,13 +158,8 @@ def _quantize(form: _Format, values: F32, importance: F32 | None) -> U8:
         # Only proportions within a block matter; these keep products of two sums within float32.
         counts = np.ascontiguousarray(importance, np.float32).reshape(-1, SUPERBLOCK)
         counts = counts / counts.max(axis=1, keepdims=True)
-    factors, integers, codes = search(
-        blocks, counts, form.size, form.top, form.levels, form.ends, form.steps, form.rounds
-    )
-    with np.errstate(over="ignore"):
-        halves = factors.astype("<f2")
-    if not np.isfinite(halves).all():
-        raise OverflowError(f"values up to {np.abs(values).max():.3g} do not fit {form.name}'s fp16 factors")
+    factors, integers, codes = search(blocks, counts, form.size, form.top, form.levels, form.ends, form.steps)
+    halves = to_fp16(factors, values, f"a {form.name} factor")
     out = np.empty((len(blocks), form.nbytes), np.uint8)
     out[:, form.halves : form.halves + _HALVES] = halves.view(np.uint8)
     _PACK[form.name](integers, codes, out)

@@ -71,7 +71,7 @@ _rint = cast("Callable[[Any], Any]", intrinsic(_rint_code))
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def search(
-    blocks: F32, counts: F32, size: int, top: int, levels: int, ends: F32, steps: F32, rounds: int
+    blocks: F32, counts: F32, size: int, top: int, levels: int, ends: F32, steps: F32
 ) -> tuple[F32, U8, U8]:  # pragma: no cover
     """Factors f32[n, 2] (d, dmin), integers u8[n, 2, sub-blocks] (scales, minima) and codes u8[n, 256].
 
@@ -95,7 +95,7 @@ def search(
         if counts.shape[0]:
             _load(counts, start, stop, size, w)
         _weigh(x, subs, counts.shape[0] > 0, w)
-        _search_tile(x, w, exponents, subs, top, levels, ends, steps, rounds, found)
+        _search_tile(x, w, exponents, subs, top, levels, ends, steps, found)
         _round_codes(x, top, found, tile_codes)
         for block in range(stop - start):
             factors[start + block, 0] = found[0, block] * exponents[block]
@@ -151,7 +151,7 @@ def _weigh(x: F32, subs: int, counted: bool, w: F32) -> None:  # pragma: no cove
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search_tile(
-    x: F32, w: F32, exponents: F32, subs: int, top: int, levels: int, ends: F32, steps: F32, rounds: int, out: F32
+    x: F32, w: F32, exponents: F32, subs: int, top: int, levels: int, ends: F32, steps: F32, out: F32
 ) -> None:  # pragma: no cover
     """The numbers of the superblocks of a tile.
 
@@ -174,13 +174,12 @@ def _search_tile(
     _set_form(fixed, sums, form)
     _search_factors(best, form, exponents, subs, most, steps, out)
     _choose_integers(form, most, out)
-    for _ in range(rounds):
-        _set_stored_grid(out, grid)
-        _affine_sums(x, w, grid[0], grid[1], high, sums[0], sums[1], sums[2])
-        _try_larger_scales(x, w, high, most, fixed, grid, sums, out)
-        _set_form(fixed, sums, form)
-        _refit_factors(fixed, sums, exponents, subs, out)
-        _choose_integers(form, most, out)
+    _set_stored_grid(out, grid)
+    _affine_sums(x, w, grid[0], grid[1], high, sums[0], sums[1], sums[2])
+    _try_larger_scales(x, w, high, most, fixed, grid, sums, out)
+    _set_form(fixed, sums, form)
+    _refit_factors(fixed, sums, exponents, subs, out)
+    _choose_integers(form, most, out)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

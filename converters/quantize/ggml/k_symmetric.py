@@ -18,7 +18,8 @@ import numpy as np
 from numba import njit
 
 from converters.quantize.ggml.symmetric_kernels import WEIGH_BOTH, WEIGH_IMPORTANCE, Grid
-from converters.quantize.ggml.symmetric_search import I8, SUPERBLOCK, Search, fp16_at, search_superblocks
+from converters.quantize.ggml.symmetric_search import I8, SUPERBLOCK, Search, search_superblocks
+from converters.quantize.half import fp16_at
 from converters.quantize.tensor import F32, U8
 
 _SIZE = 16  # values in a sub-block

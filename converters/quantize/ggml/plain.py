@@ -23,7 +23,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from converters.quantize.ggml.plain_search import refit_affine, search_affine, search_symmetric
-from converters.quantize.tensor import F16, F32, U8
+from converters.quantize.half import fp16_at, to_fp16
+from converters.quantize.tensor import F32, U8
 
 BLOCK = 32
 _HALF = BLOCK // 2
@@ -57,7 +58,7 @@ def quantize_q8_0(values: F32, importance: F32 | None = None) -> U8:
     blocks = _blocks(values)
     scale = _magnitudes(blocks.view(np.int32)).view(np.float32) / np.float32(127)
     out = np.empty((len(blocks), 2 + BLOCK), np.uint8)
-    _put_fp16(out, 0, scale)
+    _put_fp16(out, 0, scale, values)
     _write_bytes(blocks, _inverse(scale), out.view(np.int8))
     return out.reshape(len(values), -1)
 
@@ -86,7 +87,7 @@ def dequantize_q8_0(blocks: U8) -> F32:
     """u8[n, in/32 * 34] -> f32[n, in]."""
     packed = blocks.reshape(-1, 2 + BLOCK)
     out = np.empty((len(packed), BLOCK), np.float32)
-    _expand_bytes(packed.view(np.int8), _fp16_at(packed, 0), out)
+    _expand_bytes(packed.view(np.int8), fp16_at(packed, 0), out)
     return out.reshape(len(blocks), -1)
 
 
@@ -95,9 +96,9 @@ def _quantize_symmetric(values: F32, importance: F32 | None, bits: int) -> U8:
     half = 1 << (bits - 1)
     out = np.empty((len(blocks), _header(bits, symmetric=True) + _HALF), np.uint8)
     scale = _extremes(blocks.view(np.int32)).view(np.float32) / np.float32(-half)
-    _put_fp16(out, 0, scale)  # also before a search: what fits fp16 cannot overflow its sums
+    _put_fp16(out, 0, scale, values)  # also before a search: what fits fp16 cannot overflow its sums
     if importance is not None:
-        scale = _put_fp16(out, 0, search_symmetric(values, importance, half))
+        scale = _put_fp16(out, 0, search_symmetric(values, importance, half), values)
     low = np.zeros_like(scale)
     _write_codes(blocks, low, _inverse(scale), np.float32(half + 0.5), bits, out)
     return out.reshape(len(values), -1)
@@ -110,12 +111,12 @@ def _quantize_affine(values: F32, importance: F32 | None, bits: int) -> U8:
     low, high = (end.view(np.float32) for end in _ranges(blocks.view(np.int32)))
     with np.errstate(over="ignore"):
         scale = (high - low) / np.float32(top)
-    _put_fp16(out, 0, scale)  # also before a search: what fits fp16 cannot overflow its sums
-    _put_fp16(out, 2, low)
+    _put_fp16(out, 0, scale, values)  # also before a search: what fits fp16 cannot overflow its sums
+    _put_fp16(out, 2, low, values)
     if importance is not None:
         scale, least = search_affine(values, importance, top)
-        low = _put_fp16(out, 2, least)
-        scale = _put_fp16(out, 0, refit_affine(values, importance, scale, low, top))
+        low = _put_fp16(out, 2, least, values)
+        scale = _put_fp16(out, 0, refit_affine(values, importance, scale, low, top), values)
     _write_codes(blocks, low, _inverse(scale), np.float32(0.5), bits, out)
     return out.reshape(len(values), -1)
 
@@ -123,8 +124,8 @@ def _quantize_affine(values: F32, importance: F32 | None, bits: int) -> U8:
 def _dequantize(blocks: U8, bits: int, *, symmetric: bool) -> F32:
     header = _header(bits, symmetric=symmetric)
     packed = blocks.reshape(-1, header + _HALF)
-    scale = _fp16_at(packed, 0)
-    low = np.zeros_like(scale) if symmetric else _fp16_at(packed, 2)
+    scale = fp16_at(packed, 0)
+    low = np.zeros_like(scale) if symmetric else fp16_at(packed, 2)
     out = np.empty((len(packed), BLOCK), np.float32)
     _expand_codes(packed, scale, low, 1 << (bits - 1) if symmetric else 0, bits, out)
     return out.reshape(len(blocks), -1)
@@ -148,20 +149,11 @@ def _inverse(scale: F32) -> F32:
     return inverse
 
 
-def _put_fp16(out: U8, at: int, numbers: F32) -> F32:
+def _put_fp16(out: U8, at: int, numbers: F32, values: F32) -> F32:
     """Store f32[blocks] as fp16 at a byte of each block, and return what was stored."""
-    with np.errstate(over="ignore"):
-        stored: F16 = numbers.astype("<f2")
-    if not np.isfinite(stored).all():
-        raise OverflowError(f"a scale or minimum of {np.abs(numbers).max():.3g} does not fit fp16")
+    stored = to_fp16(numbers, values)
     out[:, at : at + 2] = stored[:, None].view(np.uint8)
     return stored.astype(np.float32)
-
-
-def _fp16_at(packed: U8, at: int) -> F32:
-    """f32[blocks]"""
-    numbers: F32 = np.ascontiguousarray(packed[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32)
-    return numbers
 
 
 # The order of floats is that of their bits as integers, once those of negative ones are turned round. Integer maxima

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.quantize.ggml.symmetric_kernels import WEIGH_SQUARE, Grid, fill_blocks, fill_superblocks
+from converters.quantize.half import to_fp16
 from converters.quantize.tensor import F32, U8
 
 I8 = NDArray[np.int8]
@@ -40,7 +41,7 @@ def search_superblocks(values: F32, importance: F32 | None, search: Search) -> t
     scales = np.empty((len(d), subs), np.int8)
     codes = np.empty(blocks.shape, np.uint8)
     fill_superblocks(blocks, counts, weigh, search.grid, ends, d, scales, codes)
-    return _as_fp16(d, values), scales, codes.reshape(-1, SUPERBLOCK)
+    return _bytes_of(d, values), scales, codes.reshape(-1, SUPERBLOCK)
 
 
 def search_blocks(values: F32, importance: F32 | None, search: Search) -> tuple[U8, U8]:
@@ -52,13 +53,7 @@ def search_blocks(values: F32, importance: F32 | None, search: Search) -> tuple[
     d = np.empty(len(blocks), np.float32)
     codes = np.empty(blocks.shape, np.uint8)
     fill_blocks(blocks, counts, weigh, search.grid, ends, d, codes)
-    return _as_fp16(d, values), codes
-
-
-def fp16_at(packed: U8, start: int) -> F32:
-    """The fp16 numbers at byte `start` of blocks u8[n, nbytes], as f32[n]."""
-    numbers: F32 = packed[:, start : start + 2].copy().view("<f2")[:, 0].astype(np.float32)
-    return numbers
+    return _bytes_of(d, values), codes
 
 
 def _prepared(values: F32, importance: F32 | None, search: Search) -> tuple[F32, F32, int, F32]:
@@ -71,9 +66,5 @@ def _prepared(values: F32, importance: F32 | None, search: Search) -> tuple[F32,
     return blocks, counts, search.weigh, np.concatenate([search.ends, search.clipping])
 
 
-def _as_fp16(d: F32, values: F32) -> U8:
-    with np.errstate(over="ignore"):
-        stored = d.astype("<f2")
-    if not np.isfinite(stored).all():
-        raise OverflowError(f"values up to {np.abs(values).max():.3g} need a scale that does not fit fp16")
-    return stored.view(np.uint8).reshape(-1, 2)
+def _bytes_of(d: F32, values: F32) -> U8:
+    return to_fp16(d, values).view(np.uint8).reshape(-1, 2)
