@@ -1,19 +1,26 @@
-"""ggml's own functions for Q3_K, Q6_K, IQ4_NL and IQ4_XS, numbers to try them on, and errors as ggml weighs them."""
+"""Q3_K, Q6_K, IQ4_NL and IQ4_XS, numbers to try them on, and errors as ggml weighs them."""
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from converters.checkpoint import open_checkpoint
+from converters.quantize.ggml import iq4, k_symmetric
 from converters.quantize.tensor import F32, U8
+from tests.converters.quantize.ggml.oracle import (
+    block_values,
+    ggml_dequantize,
+    ggml_quantize,
+    ggml_quantize_reference,
+    row_nbytes,
+)
 
 # Of the values' own weighted squares: the most that rounding a block's d to fp16 can cost, which is luck.
 D_ROUNDING = 2.0**-22
@@ -46,28 +53,43 @@ IMPORTANCES: dict[str, F32 | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A block type: our functions, and what is needed to call ggml's.
+    """A block type: its scheme's name and our functions.
 
-    d_at: the byte of a block where d is
+    d_at:    the byte of a block where d is
+    numbers: the largest number that d multiplies
+    coarse:  of a value that extremes and constants may be off
+    bounds:  how much of ggml's error may be left on weights such as models have, where it is known to be less
     """
 
     name: str
     quantize: Callable[[F32, F32 | None], U8]
     dequantize: Callable[[U8], F32]
     d_at: int
+    numbers: int
+    coarse: tuple[float, float]
+    bounds: dict[str, float]
 
     @property
     def values(self) -> int:
-        return GGML_QUANT_SIZES[GGMLQuantizationType[self.name.upper()]][0]
+        return block_values(self.name)
 
     @property
     def nbytes(self) -> int:
-        return GGML_QUANT_SIZES[GGMLQuantizationType[self.name.upper()]][1]
+        return row_nbytes(self.name, self.values)
 
-    @property
-    def c_name(self) -> str:
-        return self.name.replace("_k", "_K")
 
+IMPORTANCE_NAMES = ("none", "uniform", "squares of lognormal")
+
+
+def _kind(name: str, home: ModuleType, d_at: int, numbers: int, coarse: tuple[float, float], *bounds: float) -> Kind:
+    quantize, dequantize = getattr(home, f"quantize_{name}"), getattr(home, f"dequantize_{name}")
+    return Kind(name, quantize, dequantize, d_at, numbers, coarse, dict(zip(IMPORTANCE_NAMES, bounds, strict=True)))
+
+
+Q3_K = _kind("q3_k", k_symmetric, 108, 4 * 32, (0.34, 1e-3), 0.88, 0.998, 0.98)
+Q6_K = _kind("q6_k", k_symmetric, 208, 32 * 128, (0.05, 2e-2), 0.83, 0.95, 0.87)
+IQ4_NL = _kind("iq4_nl", iq4, 0, 127, (0.07, 2e-2), 0.91, 0.99, 0.95)
+IQ4_XS = _kind("iq4_xs", iq4, 0, 127 * 32, (0.07, 2e-2), 0.90, 0.97, 0.90)
 
 # Matrices of the sample, in rows of so many values as its own or as 256 divides.
 SAMPLE_ROWS = {
@@ -85,42 +107,6 @@ def sample_matrix(name: str) -> F32:
     return rows.reshape(-1, SAMPLE_ROWS[name])
 
 
-def _library() -> ctypes.CDLL:
-    pytest.importorskip("xllamacpp")
-    from exporters.gguf.llama_api import load_library
-
-    return load_library().functions
-
-
-def ggml_quantize(kind: Kind, values: F32, importance: F32 | None) -> U8:
-    blocks = np.empty((len(values), values.shape[1] // kind.values * kind.nbytes), np.uint8)
-    function = _library().ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    pointer, index = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [ctypes.c_int, pointer, pointer, index, index, index, pointer]
-    chosen = None if importance is None else importance.ctypes.data
-    type_id = GGMLQuantizationType[kind.name.upper()].value
-    written = function(type_id, values.ctypes.data, blocks.ctypes.data, 0, *values.shape, chosen)
-    assert written == blocks.nbytes
-    return blocks
-
-
-def ggml_quantize_reference(kind: Kind, values: F32) -> U8:
-    blocks = np.empty((len(values), values.shape[1] // kind.values * kind.nbytes), np.uint8)
-    function = getattr(_library(), f"quantize_row_{kind.c_name}_ref")
-    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function(values.ctypes.data, blocks.ctypes.data, values.size)
-    return blocks
-
-
-def ggml_dequantize(kind: Kind, blocks: U8) -> F32:
-    values = np.empty((len(blocks), blocks.shape[1] // kind.nbytes * kind.values), np.float32)
-    function = getattr(_library(), f"dequantize_row_{kind.c_name}")
-    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function(blocks.ctypes.data, values.ctypes.data, values.size)
-    return values
-
-
 def weights(kind: Kind, values: F32, importance: F32 | None) -> NDArray[np.float64]:
     """What an error of each value counts in ggml-quants.c."""
     squares = np.square(values, dtype=np.float64)
@@ -135,16 +121,16 @@ def weights(kind: Kind, values: F32, importance: F32 | None) -> NDArray[np.float
 
 
 def weighted_error(kind: Kind, blocks: U8, values: F32, importance: F32 | None) -> float:
-    error = ggml_dequantize(kind, blocks).astype(np.float64) - values
+    error = ggml_dequantize(kind.name, blocks).astype(np.float64) - values
     return float((weights(kind, values, importance) * np.square(error)).sum())
 
 
 def require_no_more_error(kind: Kind, values: F32, importance: F32 | None, bound: float = 1.0) -> None:
     """Our weighted error is at most `bound` times ggml's, give or take the rounding of d."""
     ours = weighted_error(kind, kind.quantize(values, importance), values, importance)
-    theirs = weighted_error(kind, ggml_quantize(kind, values, importance), values, importance)
+    theirs = weighted_error(kind, ggml_quantize(kind.name, values, importance), values, importance)
     if importance is None:
-        theirs = min(theirs, weighted_error(kind, ggml_quantize_reference(kind, values), values, importance))
+        theirs = min(theirs, weighted_error(kind, ggml_quantize_reference(kind.name, values), values, importance))
     floor = D_ROUNDING * float((weights(kind, values, importance) * np.square(values, dtype=np.float64)).sum())
     assert ours <= bound * theirs + floor, f"{ours / theirs if theirs else ours:.6g}"
 

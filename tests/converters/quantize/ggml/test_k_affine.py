@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,12 +14,11 @@ from numpy.typing import NDArray
 from converters.quantize.ggml import k_affine
 from converters.quantize.rtn_search import LANES
 from converters.quantize.tensor import F32, U8
+from tests.converters.quantize.ggml.oracle import ggml_dequantize, ggml_quantize, row_nbytes
 
 NAMES = ["q2_k", "q4_k", "q5_k"]
 QUANTIZE: dict[str, Callable[[F32, F32 | None], U8]] = {name: getattr(k_affine, f"quantize_{name}") for name in NAMES}
 DEQUANTIZE: dict[str, Callable[[U8], F32]] = {name: getattr(k_affine, f"dequantize_{name}") for name in NAMES}
-KIND = {name: GGMLQuantizationType[name.upper()] for name in NAMES}
-NBYTES = {name: GGML_QUANT_SIZES[KIND[name]][1] for name in NAMES}
 D_AT = {"q2_k": 80, "q4_k": 0, "q5_k": 0}  # d, then dmin
 
 RANDOM = np.random.default_rng(5)
@@ -53,31 +50,6 @@ BOUND = {
     ("q5_k", False): 0.90,
     ("q5_k", True): 0.78,
 }
-
-
-def library() -> ctypes.CDLL:
-    pytest.importorskip("xllamacpp")
-    from exporters.gguf.llama_api import load_library
-
-    return load_library().functions
-
-
-def ggml_quantize(name: str, values: F32, importance: F32 | None) -> U8:
-    out = np.empty((len(values), values.shape[1] // 256 * NBYTES[name]), np.uint8)
-    function = library().ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    counts = None if importance is None else importance.ctypes.data
-    assert function(KIND[name], values.ctypes.data, out.ctypes.data, 0, *values.shape, counts) == out.nbytes
-    return out
-
-
-def ggml_dequantize(name: str, blocks: U8) -> F32:
-    out = np.empty((len(blocks), blocks.shape[1] // NBYTES[name] * 256), np.float32)
-    function = getattr(library(), f"dequantize_row_{name[:-1]}K")
-    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function(blocks.ctypes.data, out.ctypes.data, out.size)
-    return out
 
 
 def weighted_error(name: str, values: F32, stored: F32, importance: F32 | None) -> float:
@@ -114,7 +86,7 @@ def compare(name: str, values: F32, importance: F32 | None) -> tuple[float, floa
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_ggmls_bit_for_bit(name: str) -> None:
     rng = np.random.default_rng(1)
-    blocks = rng.integers(0, 256, (400, 3 * NBYTES[name]), dtype=np.uint8)  # all codes, scales and minima
+    blocks = rng.integers(0, 256, (400, row_nbytes(name, 3 * 256)), dtype=np.uint8)  # all codes, scales and minima
     halves = rng.integers(0, 0x7C00, (1200, 2), dtype=np.uint16) | rng.integers(0, 2, (1200, 2), dtype=np.uint16) << 15
     blocks.reshape(1200, -1)[:, D_AT[name] : D_AT[name] + 4] = halves.view(np.uint8)  # every sign, no Inf, no NaN
     assert DEQUANTIZE[name](blocks).tobytes() == ggml_dequantize(name, blocks).tobytes()
@@ -188,7 +160,7 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, counted: bool, width:
     values = (rng.standard_t(3, (rows, width)) * 10.0 ** rng.integers(-6, 3, (rows, 1))).astype(np.float32)
     importance = importances(width)["lognormal"] if counted else None
     whole = QUANTIZE[name](values, importance)
-    assert whole.shape == (rows, width // 256 * NBYTES[name])
+    assert whole.shape == (rows, row_nbytes(name, width))
     assert np.array_equal(whole, QUANTIZE[name](values, importance)), "twice the same"
     for start, stop in ((0, 1), (1, rows), (4, 5), (rows, rows)):
         assert np.array_equal(QUANTIZE[name](values[start:stop], importance), whole[start:stop])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,6 +13,13 @@ from converters.quantize.ggml import plain
 from converters.quantize.ggml.types import GGML_TYPES
 from converters.quantize.scheme import SCHEMES, NumberType
 from converters.quantize.tensor import F32, U8
+from tests.converters.quantize.ggml.oracle import (
+    block_values,
+    ggml_dequantize,
+    ggml_quantize,
+    ggml_quantize_reference,
+    row_nbytes,
+)
 
 NAMES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 SHAPE = 32, 576
@@ -43,47 +47,15 @@ CASES: dict[str, NDArray[np.floating]] = {
 }
 
 
-def library() -> ctypes.CDLL:
-    pytest.importorskip("xllamacpp")
-    from exporters.gguf.llama_api import load_library
-
-    return load_library().functions
-
-
-def ggml_quantize(name: str, values: F32) -> U8:
-    out = np.empty((len(values), GGML_TYPES[name].row_nbytes(values.shape[1])), np.uint8)
-    function = getattr(library(), f"quantize_row_{name}_ref")
-    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function(values.ctypes.data, out.ctypes.data, values.size)
-    return out
-
-
-def ggml_quantize_weighted(name: str, values: F32, importance: F32) -> U8:
-    out = np.empty((len(values), GGML_TYPES[name].row_nbytes(values.shape[1])), np.uint8)
-    function = getattr(library(), f"quantize_{name}")
-    function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    function(values.ctypes.data, out.ctypes.data, *values.shape, importance.ctypes.data)
-    return out
-
-
-def ggml_dequantize(name: str, blocks: U8, width: int) -> F32:
-    out = np.empty((len(blocks), width), np.float32)
-    function = getattr(library(), f"dequantize_row_{name}")
-    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function(blocks.ctypes.data, out.ctypes.data, out.size)
-    return out
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_are_ggmls_bit_for_bit_and_so_are_their_values(name: str, case: str) -> None:
     values = CASES[case].astype(np.float32)
-    expected = ggml_quantize(name, values)
+    expected = ggml_quantize_reference(name, values)
     assert np.array_equal(GGML_TYPES[name].quantize(values, None), expected)
     # By bytes, since -0.0 is not 0.0 here.
     back = GGML_TYPES[name].dequantize(expected)
-    assert back.tobytes() == ggml_dequantize(name, expected, values.shape[1]).tobytes()
+    assert back.tobytes() == ggml_dequantize(name, expected).tobytes()
 
 
 @given(
@@ -91,15 +63,15 @@ def test_blocks_are_ggmls_bit_for_bit_and_so_are_their_values(name: str, case: s
     st.sampled_from(NAMES),
 )
 def test_any_blocks_are_ggmls_bit_for_bit(values: F32, name: str) -> None:
-    assert np.array_equal(GGML_TYPES[name].quantize(values, None), ggml_quantize(name, values))
+    assert np.array_equal(GGML_TYPES[name].quantize(values, None), ggml_quantize_reference(name, values))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_bytes_have_ggmls_values(name: str) -> None:
-    blocks = RANDOM.integers(0, 256, (20, GGML_TYPES[name].row_nbytes(320))).astype(np.uint8)
-    scales = blocks.reshape(-1, GGML_TYPES[name].nbytes)[:, 1 : 4 if name.endswith("1") else 2 : 2]
+    blocks = RANDOM.integers(0, 256, (20, row_nbytes(name, 320))).astype(np.uint8)
+    scales = blocks.reshape(-1, row_nbytes(name, 32))[:, 1 : 4 if name.endswith("1") else 2 : 2]
     scales &= 0xBF  # no NaN or infinity
-    expected = ggml_dequantize(name, blocks, 320)
+    expected = ggml_dequantize(name, blocks)
     assert GGML_TYPES[name].dequantize(blocks).tobytes() == expected.tobytes()
 
 
@@ -135,7 +107,7 @@ def test_with_importance_the_error_is_no_larger_than_ggmls(name: str, case: str)
     values = CASES[case].astype(np.float32)
     importance = np.random.default_rng(1).lognormal(0, 1.5, size=(values.shape[1],)).astype(np.float32)
     ours = weighted_error(name, GGML_TYPES[name].quantize(values, importance), values, importance)
-    theirs = weighted_error(name, ggml_quantize_weighted(name, values, importance), values, importance)
+    theirs = weighted_error(name, ggml_quantize(name, values, importance), values, importance)
     plainly = weighted_error(name, GGML_TYPES[name].quantize(values, None), values, importance)
     assert ours <= theirs
     assert ours < plainly
@@ -181,5 +153,6 @@ def test_the_table_has_every_type_in_gguf_pys_sizes() -> None:
     schemes = {name: scheme for name, scheme in SCHEMES.items() if scheme.type is NumberType.GGML}
     assert GGML_TYPES.keys() == schemes.keys()
     for name, kind in GGML_TYPES.items():
-        assert kind.name == name and kind.values == schemes[name].group_size
-        assert (kind.values, kind.nbytes) == GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+        assert schemes[name].group_size == block_values(name)
+        blocks = kind.quantize(np.ones((2, 512), np.float32), None)
+        assert blocks.shape == (2, row_nbytes(name, 512)) and kind.dequantize(blocks).shape == (2, 512)
