@@ -13,7 +13,7 @@ from exporters.base import Target
 
 MANIFEST = "manifest.json"
 REPORT = "report.md"
-FORMAT = 1
+FORMAT = 2  # 1 had digests of whole matrices; 2 has them of their leaves (tundish.digest)
 
 
 def _plain(name: str) -> str:
@@ -78,7 +78,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            "not a manifest that this tundish wrote", where=f"{path}: {where}", found=first["msg"]
+            "not a manifest that this tundish wrote",
+            where=f"{path}: {where}",
+            found=first["msg"],
+            mend="Build into another folder, or remove this one first if it is an older build.",
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError("not a manifest that tundish wrote", where=str(path), found=str(error)) from error
