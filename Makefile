@@ -41,7 +41,7 @@ test-all: $(VENV)/.test-ready ## Run all tests, also the slow ones and those tha
 # Where checkpoints and artifacts of benchmarks go: see benchmarks/README.md, also for what ARGS may be.
 WORK ?= build/bench
 
-bench: $(VENV)/.test-ready ## Measure conversions of a 3.8 B model, 8 GB, made in WORK= (25 GB); ARGS= go to benchmarks.convert
+bench: $(VENV)/.test-ready ## Measure conversions of a 3.8 B model, 8 GB, made in WORK= (27 GB); ARGS= go to benchmarks.convert
 	$(BIN)/python -m benchmarks.convert --work "$(WORK)" $(ARGS)
 	$(BIN)/python -m benchmarks.memory --work "$(WORK)"
 

@@ -1,7 +1,7 @@
 """What conversions cost: time and memory, against copying the same bytes and against the peers, in one run.
 
     python -m benchmarks.convert --work build/bench
-    python -m benchmarks.convert --work build/bench --peers ENV --llama-cpp DIR --json figures.json
+    python -m benchmarks.convert --work build/bench --with-peers --peers ENV --llama-cpp DIR --json figures.json
 
 Runs of tundish and of its peers take turns; a time is the median of the rounds, memory the largest of them.
 """

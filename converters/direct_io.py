@@ -1,7 +1,7 @@
 """Files of gigabytes past the page cache, where the system can do that.
 
 What is written once and read once does not belong there: it evicts the checkpoint that is being read, and on virtual
-machines, whose memory the host hands out page by page, filling the cache costs more processor time than quantizing.
+machines, whose memory the host hands out page by page, filling the cache can cost as much processor time as quantizing.
 Linux's O_DIRECT wants whole, aligned pages; a file system may refuse it.
 """
 
