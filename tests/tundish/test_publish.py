@@ -9,6 +9,7 @@ import pytest
 
 from converters.errors import UsageError
 from exporters.base import Target
+from tundish.manifest_file import FORMAT
 from tundish.publish import publish, require_replaceable, staging
 
 
@@ -17,7 +18,7 @@ def old_build(out: Path) -> None:
     (out / "gguf" / "model.gguf").write_text("old")
     (out / "report.md").write_text("old")
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "tundish": "0",
         "source": {"name": "m", "folder": "/m", "repo_id": None, "revision": None, "files": {"config.json": "00"}},
         "recipe": {},
