@@ -23,9 +23,9 @@ from converters.quantize.rtn_search import round_codes, search_asymmetric, searc
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import F32, QuantTensor
 
-_INT4_END = np.arange(-1.2, 2.1, 0.4)  # on 8: where the extreme value lands
-_INT4_PLAIN = 7  # of these are tried where all columns count the same: clipping more of the range gains nothing
-_INT4_FINE = np.array([0.975, 0.9875, 1.0125, 1.025], np.float32)  # factors on the best of them
+_INT4_END = np.arange(-1.0, 2.1, 0.5)  # on 8: where the extreme value lands
+_INT4_PLAIN = 5  # of these are tried where all columns count the same: clipping more of the range gains nothing
+_INT4_FINE = np.array([0.97, 0.985, 1.015, 1.03], np.float32)  # factors on the best of them
 _INT8_END = np.arange(-2, 2.1, 1)  # on 127
 _INT8_FINE = np.array([0.996, 1.004], np.float32)
 # Factors on the scale that spans an asymmetric group's range.
@@ -61,9 +61,9 @@ def _steps(bits: int, weighted: bool) -> tuple[F32, F32]:
     """Where the extreme value may land, f32[candidates], and factors on the best of these, f32[n]."""
     if bits == 8:
         return (127 + _INT8_END).astype(np.float32), _INT8_FINE
-    end = 8 + (_INT4_END if weighted else _INT4_END[:_INT4_PLAIN])
+    end = _INT4_END if weighted else _INT4_END[:_INT4_PLAIN]
     # -8 is further out than +7: mapping the extreme value to the far or the near end are different candidates.
-    return np.concatenate([-end, end - 1]).astype(np.float32), _INT4_FINE
+    return np.concatenate([-8 - end, 7 + end]).astype(np.float32), _INT4_FINE
 
 
 def _round_significand(scale: F32) -> F32:
