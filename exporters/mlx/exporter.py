@@ -120,9 +120,13 @@ def split_shards(tensors: Sequence[StoredTensor], limit: int) -> dict[str, list[
 def _lay_out_file(name: str, tensors: Sequence[StoredTensor], places: Mapping[str, list[Place]]) -> BigFile:
     """One safetensors file: u64 header length, JSON header padded to 8 bytes, data without gaps.
 
-    Wider dtypes come first, so that every tensor is aligned to its own size (as the format's own writer does).
+    Tensors of whole words come first, so that every one is aligned to its own size. Otherwise they stay in their order:
+    the file then grows from start to end during a pour.
     """
-    ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    word = max(DTYPES[tensor.dtype].itemsize for tensor in tensors)
+    whole = [tensor for tensor in tensors if tensor.nbytes % word == 0]
+    others = [tensor for tensor in tensors if tensor.nbytes % word]
+    ordered = whole + sorted(others, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     starts: list[int] = []
     end = 0
