@@ -8,7 +8,6 @@ Linux's O_DIRECT wants whole, aligned pages; a file system may refuse it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import threading
@@ -38,34 +37,3 @@ def aligned_buffer() -> memoryview:
         _buffers.pages = memoryview(mmap.mmap(-1, CHUNK))
     pages: memoryview = _buffers.pages
     return pages
-
-
-def sha256_past_cache(path: Path) -> str:
-    """SHA-256 of a file that is unlikely to be in the cache, and not worth keeping there; in hex."""
-    direct = open_direct(path, os.O_RDONLY)
-    digest, offset = hashlib.sha256(), 0
-    try:
-        buffer = aligned_buffer()
-        while direct >= 0 and (count := _read(direct, buffer, offset)):
-            digest.update(buffer[:count])
-            offset += count
-            if count % PAGE:
-                break  # the end of the file: the next read would begin inside a page
-    finally:
-        if direct >= 0:
-            os.close(direct)
-    with path.open("rb") as file:
-        file.seek(offset)
-        while rest := file.read(CHUNK):
-            digest.update(rest)
-    return digest.hexdigest()
-
-
-def _read(file: int, buffer: memoryview, offset: int) -> int:
-    """Bytes read; 0 at the end, and where a file system opens a file so but does not read it."""
-    try:
-        return os.preadv(file, [buffer], offset)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return 0

@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
-from converters.direct_io import sha256_past_cache
-
-
-def sha256_of(paths: Iterable[Path], threads: int = 1, written: Iterable[Path] = ()) -> dict[Path, str]:
-    """SHA-256 of each file, in hex. `written` are more files, which were written past the page cache.
-
-    The largest come first, so that no thread is left with one of them at the end.
-    """
-    work = dict.fromkeys(paths, _sha256) | dict.fromkeys(written, sha256_past_cache)
-    ordered = sorted(work, key=lambda path: path.stat().st_size, reverse=True)
-    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        return dict(zip(ordered, pool.map(lambda path: work[path](path), ordered), strict=True))
+_CHUNK = 1 << 20
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(paths: Iterable[Path], threads: int = 1) -> dict[Path, str]:
+    """SHA-256 of each file, in hex."""
+    with digesting(paths, threads) as digests:
+        return digests.result()
+
+
+class Digests:
+    """SHA-256 of files, being taken."""
+
+    def __init__(self, paths: Iterable[Path], pool: ThreadPoolExecutor, stop: Event) -> None:
+        self._digests = {path: pool.submit(_sha256, path, stop) for path in _largest_first(paths)}
+
+    def result(self) -> dict[Path, str]:
+        """Of each file, in hex, when all are done. OSError if one cannot be read."""
+        return {path: digest.result() for path, digest in self._digests.items()}
+
+
+@contextmanager
+def digesting(paths: Iterable[Path], threads: int = 1) -> Iterator[Digests]:
+    """Take the digests while the body runs. What is not done when it ends is given up."""
+    stop = Event()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
+    try:
+        yield Digests(paths, pool, stop)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _largest_first(paths: Iterable[Path]) -> list[Path]:
+    """So that no thread is left with a large file at the end."""
+    return sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def _sha256(path: Path, stop: Event) -> str:
+    """Half a digest if it is told to stop: nobody asks for it then."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

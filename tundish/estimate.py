@@ -23,7 +23,6 @@ import numpy as np
 import psutil
 
 from converters.checkpoint import TensorSource
-from converters.direct_io import sha256_past_cache
 from converters.graph import Graph, Weight
 from converters.interpret import WeightRows
 from converters.ops import MAX_WEIGHTS, Linear
@@ -49,25 +48,31 @@ Together = Callable[[Callable[[], object]], float]
 class Time:
     """Seconds of a build's parts, verification aside.
 
-    `prepare` is what comes before the first weight: tokenizer, graph, layouts. `digest` is SHA-256 of all files, in and
-    out.
+    `prepare` is what comes before the first weight: tokenizer, graph, layouts. `source` is SHA-256 of the checkpoint,
+    which a thread of its own takes from the start, `digest` that of what is written. `threads` share the processors.
     """
 
+    threads: int
     prepare: float
     calibrate: float
     read: float
     quantize: float
     write: float
+    source: float
     digest: float
 
     @property
     def total(self) -> float:
-        """Of the whole build. A thread reads and quantizes its block in turn; meanwhile others write."""
-        return self.prepare + self.calibrate + max(self.read + self.quantize, self.write) + self.digest
+        """Of the whole build. A thread reads and quantizes its block in turn; meanwhile others write and hash."""
+        source = max(self.source - self.prepare, 0)  # until then only one thread has something to do
+        pour = max(self.read + self.quantize + (source + self.digest) / self.threads, self.write, source)
+        return self.prepare + self.calibrate + pour
 
     def parts(self) -> dict[str, float]:
         """Every part by name, the total last."""
-        return {**asdict(self), "total": self.total}
+        parts = {**asdict(self), "total": self.total}
+        del parts["threads"]
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +139,18 @@ def estimate_time(
         patience = _COMPUTE_SECONDS / len(kinds)
         quantize = sum(_quantize_seconds(kind, layouts, calibration_tokens > 0, patience, together) for kind in kinds)
         with disk_errors(folder):
-            written, on_disk, output_digest = _scratch_speeds(folder, threads, together)
-        input_digest = _source_digest(together) + _reread_seconds(sum(inputs), read) * threads
-    digests = [size * output_digest for size in outputs] + [size * input_digest for size in inputs]
+            written, on_disk = _scratch_speeds(folder, threads, together)
+        digest = _digest_speed(together)
     calibrate = _calibration_seconds(graph, calibration_tokens) if calibration_tokens else 0.0
     return Time(
+        threads,
         prepare,
         calibrate,
         read,
         quantize / threads,
         _write_seconds(sum(outputs), written, on_disk),
-        max(max(digests), sum(digests) / threads),  # a file is one thread's
+        sum(inputs) * digest + _reread_seconds(sum(inputs), read, threads),
+        sum(outputs) * digest,
     )
 
 
@@ -210,14 +216,14 @@ def _row_nbytes(source: TensorSource) -> int:
     return math.prod(source.shape[1:]) * source.dtype.itemsize
 
 
-def _scratch_speeds(folder: Path, threads: int, together: Together) -> tuple[float, float, float]:
-    """Seconds a byte of writing as a pour does, of writing until it is on the disk, and of hashing what was written."""
+def _scratch_speeds(folder: Path, threads: int, together: Together) -> tuple[float, float]:
+    """Seconds a byte of writing as a pour does, and of writing until it is on the disk."""
     data = memoryview(np.random.default_rng(0).bytes(_WRITE_CHUNK))  # no zeros: some file systems do not write them
     room = shutil.disk_usage(folder).free // 2  # a build that fits does so by little, maybe
     nbytes = max(1, min(_WRITE_BYTES, room) // (threads * _WRITE_CHUNK)) * _WRITE_CHUNK  # a thread
     with tempfile.TemporaryDirectory(prefix=".tundish-plan-", dir=folder) as scratch:
         paths = [Path(scratch) / str(number) for number in range(threads)]
-        unwritten, unhashed = iter(paths), iter(paths)
+        unwritten = iter(paths)
 
         def write() -> None:
             writer = BigFileWriter(next(unwritten), nbytes)
@@ -233,8 +239,7 @@ def _scratch_speeds(folder: Path, threads: int, together: Together) -> tuple[flo
             with path.open("rb") as file:
                 os.fsync(file)
         on_disk = perf_counter() - start
-        hashed = together(lambda: sha256_past_cache(next(unhashed)))
-    return written / (nbytes * threads), on_disk / (nbytes * threads), hashed / nbytes
+    return written / (nbytes * threads), on_disk / (nbytes * threads)
 
 
 def _write_seconds(nbytes: int, written: float, on_disk: float) -> float:
@@ -244,12 +249,12 @@ def _write_seconds(nbytes: int, written: float, on_disk: float) -> float:
     return seconds
 
 
-def _reread_seconds(nbytes: int, read: float) -> float:
-    """A byte of the checkpoint, read again by one thread: nothing where the page cache can hold all of it."""
-    return read / nbytes if nbytes > psutil.virtual_memory().available else 0.0
+def _reread_seconds(nbytes: int, read: float, threads: int) -> float:
+    """Of the checkpoint, by one thread more: nothing where the page cache can hold all of it."""
+    return read * threads if nbytes > psutil.virtual_memory().available else 0.0
 
 
-def _source_digest(together: Together) -> float:
+def _digest_speed(together: Together) -> float:
     """Seconds a byte of hashing what is in memory."""
     data = bytes(_HASH_BYTES)
     return together(lambda: hashlib.sha256(data).digest()) / _HASH_BYTES

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from converters.errors import GateError, UsageError
-from converters.file_digest import sha256_of
+from converters.file_digest import digesting, sha256_of
 from converters.quantize.importance import random_token_importance
 from converters.quantize.tensor import F32
 from converters.source import Source, require_unchanged, resolve_source, source_digest, source_files, source_stamp
@@ -114,33 +114,38 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
-    model = open_model(source, recipe)
-    plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
-    shortage = shortage_of(plan, out)
-    if shortage is not None:
-        raise shortage
-    with staging(out) as folder:
-        importance = calibrate(model, recipe, watcher)
-        watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-        digests = pour(model.graph, plan.layouts, folder, watcher.advance, importance, threads)
-        require_unchanged(source.folder, stamp)
-        watcher.say("taking the digests of all files")
-        with disk_errors(out):
-            manifest = build_manifest(source, model, recipe, plan, folder, digests, threads)
-        require_unchanged(source.folder, stamp)
-        with disk_errors(out):
-            write_manifest(folder, manifest)
-        results: tuple[TargetResult, ...] | None = None
-        if choices.verify and recipe.verify.enabled:
-            results = verify(model, source, recipe, EXPORTERS, folder, digests, threads, watcher.say)
-            manifest["verification"] = verification_record(results)
-        with disk_errors(out):
-            write_manifest(folder, manifest)
-            (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
-        require_gates(manifest, results, folder, out)
-        publish(folder, out)
+    with digesting(source_files(source.folder).values()) as inputs:
+        model = open_model(source, recipe)
+        plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
+        shortage = shortage_of(plan, out)
+        if shortage is not None:
+            raise shortage
+        with staging(out) as folder:
+            importance = calibrate(model, recipe, watcher)
+            watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
+            poured = pour(model.graph, plan.layouts, folder, watcher.advance, importance, threads)
+            require_unchanged(source.folder, stamp)
+            manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured)
+            require_unchanged(source.folder, stamp)
+            with disk_errors(out):
+                write_manifest(folder, manifest)
+            results = None
+            if choices.verify and recipe.verify.enabled:
+                results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
+            _record(manifest, results, folder, out)
+            require_gates(manifest, results, folder, out)
+            publish(folder, out)
     watcher.say(f"written: {out}")
     return manifest
+
+
+def _record(manifest: dict[str, Any], results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
+    """Write the manifest, with what verification found, and the report."""
+    if results is not None:
+        manifest["verification"] = verification_record(results)
+    with disk_errors(out):
+        write_manifest(folder, manifest)
+        (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
 
 
 def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F32]:
@@ -216,10 +221,7 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
     opened = open_model(source, recipe)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
-    manifest["verification"] = verification_record(results)
-    with disk_errors(folder):
-        write_manifest(folder, manifest)
-        (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
+    _record(manifest, results, folder, folder)
     failures = failed_gates(results)
     if failures:
         raise FailedGatesError(manifest, "verification failed", where=str(folder), found="; ".join(failures))

@@ -9,27 +9,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.file_digest import sha256_of
 from converters.source import Source, source_files
 from exporters.base import Model
 from tundish.manifest_file import FORMAT
 from tundish.model import SAMPLE
 from tundish.plan import Plan
+from tundish.pour import Poured
 from tundish.recipe import Recipe, recipe_digest
 from tundish.verify import TargetResult
 
 
 def build_manifest(
-    source: Source, model: Model, recipe: Recipe, plan: Plan, folder: Path, digests: Mapping[str, str], threads: int
+    source: Source, read: Mapping[Path, str], model: Model, recipe: Recipe, plan: Plan, poured: Poured
 ) -> dict[str, Any]:
-    """The manifest of freshly poured artifacts, not yet verified. Reads every file of them and of the source again."""
-    inputs = source_files(source.folder)
-    outputs = {
-        target: {name: folder / target / name for name in sorted({*layout.big, *layout.small})}
+    """The manifest of freshly poured artifacts, not yet verified. `read`: SHA-256 of the source's files, in hex."""
+    nbytes = {
+        target: {name: file.nbytes for name, file in layout.big.items()}
+        | {name: len(data) for name, data in layout.small.items()}
         for target, layout in plan.layouts.items()
     }
-    written = [path for files in outputs.values() for path in files.values()]
-    sha256 = sha256_of(inputs.values(), threads, written)
     return {
         "format": FORMAT,
         "tundish": version("tundish"),
@@ -40,7 +38,7 @@ def build_manifest(
             # Where a local checkpoint lies, for `tundish verify`; Hub ids and the sample are found again by name.
             "folder": None if source.repo_id or source.name == SAMPLE else str(source.folder),
             "licence": model.licence,
-            "files": {name: sha256[path] for name, path in inputs.items()},
+            "files": {name: read[path] for name, path in source_files(source.folder).items()},
         },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(recipe),
@@ -50,7 +48,7 @@ def build_manifest(
         "dropped": dict(model.graph.dropped),
         "weights": {
             row.name: {"shape": list(row.shape), "scheme": row.scheme}
-            | ({"digest": digests[row.name]} if row.name in digests else {})
+            | ({"digest": poured.matrices[row.name]} if row.name in poured.matrices else {})
             for row in plan.rows
         },
         "targets": {
@@ -58,8 +56,8 @@ def build_manifest(
                 "semantics": asdict(plan.semantics[target]),
                 "bytes": layout.nbytes,
                 "files": {
-                    name: {"bytes": path.stat().st_size, "sha256": sha256[path]}
-                    for name, path in outputs[target].items()
+                    name: {"bytes": nbytes[target][name], "sha256": digest}
+                    for name, digest in sorted(poured.files[target].items())
                 },
             }
             for target, layout in plan.layouts.items()

@@ -19,6 +19,7 @@ from converters.ops import MAX_SCORES, MAX_WEIGHTS
 from converters.passes.assign import requested_scheme
 from converters.quantize.scheme import NumberType
 from exporters.base import Exporter, Layout, Model, Semantics, Target
+from tundish.big_file import KEPT
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCKS_AHEAD, row_blocks
@@ -113,9 +114,15 @@ def own_memory() -> int:
 
 
 def _pour_bytes(graph: Graph, layouts: Mapping[Target, Layout], threads: int, calibrated: bool) -> int:
-    """What a pour holds at most: the blocks of its threads, packed ones that wait for the disk, and the importances."""
+    """What a pour holds at most.
+
+    The blocks of its threads, packed ones that wait for the disk or for their file's digest, and the importances.
+    """
+    early = KEPT * sum(len(layout.big) for layout in layouts.values())
     importance = sum(weight.shape[-1] * 4 for weight in graph.weights.values()) if calibrated else 0
-    return threads * (max(_block_bytes(weight, layouts) for weight in graph.weights.values()) + CHUNK) + importance
+    return (
+        threads * (max(_block_bytes(weight, layouts) for weight in graph.weights.values()) + CHUNK) + early + importance
+    )
 
 
 def _block_bytes(weight: Weight, layouts: Mapping[Target, Layout]) -> int:

@@ -1,17 +1,20 @@
 """The pour: reads every weight once, quantizes it once and hands the result to every artifact.
 
-A pool of threads takes blocks of rows in the checkpoint's order. Each thread reads its block, quantizes it and packs it
-for every container; as many others write the results to their places, which the layouts fixed beforehand. Reading,
-computing and writing overlap, and what is in memory is a few blocks a thread, however large the model is.
+A pool of threads takes blocks of rows in the order of execution, which is that of the artifacts. Each thread reads its
+block, quantizes it and packs it for every container; as many others write the results to their places, which the
+layouts fixed beforehand, and hash the files as they grow. Reading, computing and writing overlap, and what is in memory
+is a few blocks a thread, however large the model is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import numpy as np
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
 from converters.quantize.tensor import F32, U8
-from exporters.base import BigFile, Layout, Place, Target
+from exporters.base import Layout, Place, Target
 from tundish.big_file import BigFileWriter
 from tundish.digest import LEAF_ROWS, leaf_digests, matrix_digest
 from tundish.disk import disk_errors
@@ -35,6 +38,14 @@ Packed = tuple[bytes, list[Future[None]]]  # digests of a block's leaves, and it
 Write = Callable[[Target, Place, int, U8], None]  # of packed rows, the first of which is that row of the weight
 
 
+@dataclass(frozen=True, slots=True)
+class Poured:
+    """Digests in hex: of each matrix's canonical values, and SHA-256 of each file of each target, by name."""
+
+    matrices: Mapping[str, str]
+    files: Mapping[Target, Mapping[str, str]]
+
+
 def pour(
     graph: Graph,
     layouts: Mapping[Target, Layout],
@@ -42,21 +53,21 @@ def pour(
     advance: Callable[[int], None] = lambda elements: None,
     importance: Mapping[str, F32] | None = None,
     threads: int = 1,
-) -> dict[str, str]:
-    """Write every artifact into folder/<target> and return the digest of each matrix's canonical values.
+) -> Poured:
+    """Write every artifact into folder/<target> and return its digests.
 
-    Verification reads the artifacts back and expects the same digests. `advance` is called with the number of elements
-    done. `importance` is f32[in] by weight name, where the quantizer shall know it. The first error stops every thread.
+    Verification reads the artifacts back and expects the same digests of matrices. `advance` is called with the number
+    of elements done. `importance` is f32[in] by weight name, where the quantizer shall know it. The first error stops
+    every thread.
     """
     leaves: dict[str, list[bytes]] = {}
     counts = importance or {}
     with disk_errors(folder), ExitStack() as stack:
         files = {
-            (target, name): stack.enter_context(_create(folder / target / name, big))
+            (target, name): stack.enter_context(_create(folder / target / name, layout, name, graph))
             for target, layout in layouts.items()
-            for name, big in layout.big.items()
+            for name in layout.big
         }
-
         writers = stack.enter_context(_pool(threads, "write"))
         packers = stack.enter_context(_pool(threads, "pack"))  # at the end, these stop before what they submit to
 
@@ -88,12 +99,21 @@ def pour(
                 path = folder / target / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-    return {name: matrix_digest(parts) for name, parts in leaves.items() if len(graph.weights[name].shape) > 1}
+        sha256 = {
+            target: {name: files[target, name].sha256() for name in layout.big}
+            | {name: hashlib.sha256(data).hexdigest() for name, data in layout.small.items()}
+            for target, layout in layouts.items()
+        }
+    matrices = {name: matrix_digest(parts) for name, parts in leaves.items() if len(graph.weights[name].shape) > 1}
+    return Poured(matrices, sha256)
 
 
 def _blocks(graph: Graph, layouts: Mapping[Target, Layout]) -> Iterator[Block]:
-    """Every block of every weight, in the order of the checkpoint's files, so that disks read forward."""
-    for weight in sorted(graph.weights.values(), key=lambda weight: weight.source.location):
+    """Every block of every weight in the graph's order: artifacts then grow from start to end, or nearly.
+
+    Disks read forward all the same: a tensor is megabytes, and blocks of one follow one another.
+    """
+    for weight in graph.weights.values():
         places = (place for layout in layouts.values() for place in layout.places[weight.name])
         for start, stop in row_blocks(weight, places):
             yield weight, start, stop
@@ -147,13 +167,34 @@ def row_blocks(weight: Weight, places: Iterable[Place]) -> Iterator[tuple[int, i
 
 
 @contextmanager
-def _create(path: Path, big: BigFile) -> Iterator[BigFileWriter]:
+def _create(path: Path, layout: Layout, name: str, graph: Graph) -> Iterator[BigFileWriter]:
     """A new file with its space reserved and the fixed parts written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = BigFileWriter(path, big.nbytes)
+    file = BigFileWriter(path, layout.big[name].nbytes)
     try:
-        for offset, data in big.fixed:
+        for start, stop in _gaps(layout, name, graph):
+            file.leave(stop - start, start)
+        for offset, data in layout.big[name].fixed:
             file.write(memoryview(data), offset)
         yield file
     finally:
         file.close()
+
+
+def _gaps(layout: Layout, name: str, graph: Graph) -> Iterator[tuple[int, int]]:
+    """[start, stop) of what no part and no weight fills."""
+    filled = [(offset, len(data)) for offset, data in layout.big[name].fixed]
+    filled += [
+        (place.offset, graph.weights[weight].shape[0] * place.row_nbytes)
+        for weight, places in layout.places.items()
+        for place in places
+        if place.file == name
+    ]
+    end = 0
+    for offset, nbytes in sorted(filled):
+        assert offset >= end, (name, "overlaps at", offset)
+        if offset > end:
+            yield end, offset
+        end = offset + nbytes
+    if layout.big[name].nbytes > end:
+        yield end, layout.big[name].nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +44,38 @@ def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         writes = [pool.submit(file.write, data[start:stop].data, start) for start, stop in reversed(pieces(nbytes))]
         for write in writes:
             write.result()
+    assert file.sha256() == hashlib.sha256(data.tobytes()).hexdigest()
     file.close()
     assert (tmp_path / "big").read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("kept", [0, 1000, 1 << 30])
+@pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
+def test_the_digest_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, order: str) -> None:
+    """Whatever is written when, and however little may be kept of what came early."""
+    monkeypatch.setattr(big_file, "KEPT", kept)
+    nbytes = 3 * CHUNK + 77
+    data = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+    cuts = pieces(nbytes)
+    left = cuts.pop(7)
+    data[left[0] : left[1]] = 0
+    if order != "forward":
+        cuts = cuts[::-1] if order == "backward" else [cuts[k] for k in np.random.default_rng(2).permutation(len(cuts))]
+    file = BigFileWriter(tmp_path / "big", nbytes)
+    file.leave(left[1] - left[0], left[0])
+    for start, stop in cuts:
+        file.write(data[start:stop].data, start)
+    assert file.sha256() == hashlib.sha256(data.tobytes()).hexdigest()
+    assert file._kept == 0
+    file.close()
+
+
+def test_a_digest_of_half_a_file_is_refused(tmp_path: Path) -> None:
+    file = BigFileWriter(tmp_path / "big", 10)
+    file.write(memoryview(b"12345"), 5)
+    with pytest.raises(AssertionError):
+        file.sha256()
+    file.close()
 
 
 def test_a_full_disk_is_no_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,8 @@ def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, po
         assert row["name"] in text and f"{row['bytes']['gguf']:,}" in text
     assert f"disk: {plan['disk']:,} bytes" in text
     assert "time, estimated from a quick measurement: " in text
-    assert list(plan["time"]) == ["prepare", "calibrate", "read", "quantize", "write", "digest", "total"]
+    parts = ["prepare", "calibrate", "read", "quantize", "write", "source", "digest", "total"]
+    assert list(plan["time"]) == parts
     assert plan["time"]["total"] > 0
 
 

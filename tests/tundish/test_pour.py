@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first, second = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (200, 70))
     graph = graph_of(first=first, second=second)
     done: list[int] = []
-    digests = pour(graph, {Target.GGUF: layout_of(graph), Target.MLX: layout_of(graph)}, tmp_path, done.append)
+    poured = pour(graph, {Target.GGUF: layout_of(graph), Target.MLX: layout_of(graph)}, tmp_path, done.append)
     assert sum(done) == first.size + second.size
     expected = [quantize_rtn(values, SCHEMES["int4_g32"]) for values in (first, second)]
     for target in ("gguf", "mlx"):
@@ -74,9 +75,26 @@ def test_every_byte_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
         assert (tmp_path / target / "scales").read_bytes() == b"".join(tensor.scale.tobytes() for tensor in expected)
         assert (tmp_path / target / "a" / "b.json").read_bytes() == b"{}"
-    assert digests == {
+    assert poured.matrices == {
         name: digest_of(tensor.dequantize()) for name, tensor in zip(("first", "second"), expected, strict=True)
     }
+    assert poured.files == {
+        target: {
+            name: hashlib.sha256((tmp_path / target / name).read_bytes()).hexdigest()
+            for name in ("deep/codes", "scales", "a/b.json")
+        }
+        for target in (Target.GGUF, Target.MLX)
+    }
+
+
+def test_gaps_are_hashed_as_the_zeros_they_are(tmp_path: Path) -> None:
+    graph = graph_of(w=np.ones((2, 64), np.float32))
+    places = {"w": [Place("f", 7, 64, codes_of)]}
+    layout = Layout({"f": BigFile(7 + 128 + 30, [(3, b"HI"), (150, b"!")])}, places, {})
+    poured = pour(graph, {Target.GGUF: layout}, tmp_path)
+    data = (tmp_path / "gguf" / "f").read_bytes()
+    assert data[:7] == b"\0\0\0HI\0\0" and data[135:] == bytes(15) + b"!" + bytes(14)
+    assert poured.files[Target.GGUF]["f"] == hashlib.sha256(data).hexdigest()
 
 
 def test_blocks_respect_the_multiple() -> None:
