@@ -28,6 +28,7 @@ class BigFileWriter:
     def __init__(self, path: Path, nbytes: int) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._direct = -1
+        self._path = path
         self._nbytes = nbytes
         self._digest = hashlib.sha256()
         self._hashed = 0  # bytes from the start
@@ -54,8 +55,10 @@ class BigFileWriter:
         self._hash(nbytes, offset)
 
     def sha256(self) -> str:
-        """Of the whole file, in hex. Every byte must have been written, or left."""
+        """Of the whole file, in hex. Every byte must have been written, or left. OSError if its name is gone."""
         assert self._hashed == self._nbytes, (self._hashed, self._nbytes)
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file)):
+            raise FileNotFoundError(errno.ENOENT, "another file took its name", str(self._path))
         return self._digest.hexdigest()
 
     def _hash(self, data: memoryview | int, offset: int) -> None:

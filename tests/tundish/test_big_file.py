@@ -70,6 +70,17 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     file.close()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_is_noticed(tmp_path: Path, replaced: bool) -> None:
+    file = BigFileWriter(tmp_path / "big", 0)
+    (tmp_path / "big").rename(tmp_path / "away")
+    if replaced:
+        (tmp_path / "big").touch()
+    with pytest.raises(FileNotFoundError):
+        file.sha256()
+    file.close()
+
+
 def test_a_digest_of_half_a_file_is_refused(tmp_path: Path) -> None:
     file = BigFileWriter(tmp_path / "big", 10)
     file.write(memoryview(b"12345"), 5)
