@@ -11,7 +11,7 @@ export MODEL OUT THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all bench bench-peers check format lock schema wheel clean $(RECIPES)
+.PHONY: help setup test test-all bench bench-memory bench-peers check format lock schema wheel clean $(RECIPES)
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -41,9 +41,11 @@ test-all: $(VENV)/.test-ready ## Run all tests, also the slow ones and those tha
 # Where checkpoints and artifacts of benchmarks go: see benchmarks/README.md, also for what ARGS may be.
 WORK ?= build/bench
 
-bench: $(VENV)/.test-ready ## Measure conversions of a 3.8 B model, 8 GB, made in WORK= (27 GB); ARGS= go to benchmarks.convert
+bench: $(VENV)/.test-ready ## Measure conversions of a 3.8 B model, 8 GB, made in WORK= (27 GB); ARGS="--shape small" for less
 	$(BIN)/python -m benchmarks.convert --work "$(WORK)" $(ARGS)
-	$(BIN)/python -m benchmarks.memory --work "$(WORK)"
+
+bench-memory: $(VENV)/.test-ready ## Measure peak memory at 8, 16 and 32 layers of the same model; ARGS= as above
+	$(BIN)/python -m benchmarks.memory --work "$(WORK)" $(ARGS)
 
 bench-peers: $(VENV)/.test-ready ## The same beside other converters, and decode steps; PEERS="ENV ENV" LLAMA_CPP=DIR say where they are
 	$(BIN)/python -m benchmarks.convert --work "$(WORK)" --with-peers $(PEERS:%=--peers %) $(LLAMA_CPP:%=--llama-cpp %) $(ARGS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import peers, table
+from benchmarks.checkpoint import SHAPES
 from benchmarks.measure import CommandError, Cost, copy_cost, middle, run, settle
 from benchmarks.peers import Installed, MissingError, Peer
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description="Time conversions.")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="a folder with room for all files")
     parser.add_argument("--model", type=Path, help="a checkpoint; default: one of --shape is made in the work folder")
-    parser.add_argument("--shape", default="phi-3.5-mini")
+    parser.add_argument("--shape", choices=SHAPES, default="phi-3.5-mini")
     parser.add_argument("--layers", type=int, help="another number of blocks than the shape's own")
     parser.add_argument("--rows", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--rounds", type=int, default=3)

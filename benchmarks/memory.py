@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import table
+from benchmarks.checkpoint import SHAPES
 from benchmarks.convert import WORKS, build_command, made_checkpoint
 from benchmarks.measure import Cost, run, settle
 
@@ -34,7 +35,7 @@ def measure(work: Path, shape: str, layers: int) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="Peak memory by layers.")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
-    parser.add_argument("--shape", default="phi-3.5-mini")
+    parser.add_argument("--shape", choices=SHAPES, default="phi-3.5-mini")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -345,7 +345,11 @@ def _plan_text(document: dict[str, Any]) -> str:
     targets = list(document["targets"])
     rows = [["tensor", "shape", "scheme", *(f"{target} bytes" for target in targets)]]
     for row in document["tensors"]:
-        asked = "" if row["requested"] == row["scheme"] else f" (asked for {row['requested']}: does not divide the row)"
+        asked = (
+            ""
+            if row["requested"] == row["scheme"]
+            else f" (asked for {row['requested']}, whose groups or blocks do not divide {row['shape'][-1]})"
+        )
         sizes = [f"{row['bytes'][target]:,}" for target in targets]
         rows.append([row["name"], "×".join(map(str, row["shape"])), row["scheme"] + asked, *sizes])
     parts = [_columns(rows, frozenset(range(3, 3 + len(targets))))]
@@ -357,7 +361,7 @@ def _plan_text(document: dict[str, Any]) -> str:
     if document["time"] is not None:
         named = ", ".join(f"{part} {_seconds(spent)}" for part, spent in document["time"].items() if part != "total")
         total = _seconds(document["time"]["total"])
-        needs.append(f"time, estimated from a quick measurement: {total} = {named}; verification comes on top")
+        needs.append(f"time, about: {total}, of which some runs at the same time ({named}); verification comes on top")
     return "\n\n".join([*parts, "\n".join(needs)])
 
 

@@ -37,7 +37,12 @@ def inspect_path(path: Path) -> list[TensorRow]:
     if not any(folder.glob("*.safetensors*")) and not (folder / "config.json").is_file():
         raise UsageError("neither a checkpoint nor an artifact", where=str(path))
     if path.is_file() or _is_mlx(folder):
-        return [row for row in _artifact_rows(Target.MLX, folder) if path.is_dir() or row.file == path.name]
+        rows = [row for row in _artifact_rows(Target.MLX, folder) if path.is_dir() or row.file == path.name]
+        if not rows:
+            raise UsageError(
+                "not a weight file", where=str(path), mend="Give its folder, or a .safetensors file in it."
+            )
+        return rows
     return [
         TensorRow(tensor.path.name, tensor.name, str(tensor.dtype), tensor.shape, tensor.nbytes)
         for tensor in open_checkpoint(folder).values()

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import psutil
 
@@ -59,6 +60,7 @@ class Plan:
     disk: int
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
     time: Time | None = None  # None: not measured
+    compiling: float = 0.0  # seconds in which kernels were compiled, or loaded where they had been
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
 
     @property
@@ -91,14 +93,16 @@ def make_plan(
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES
     calibrated = calibration_tokens(graph, recipe) > 0
+    start = perf_counter()
     warm_up(graph, layouts, calibrated)
+    compiling = perf_counter() - start
     held = own_memory() + _SLACK
     phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
     if calibrated:
         phases["calibration"] = held + _interpreter_bytes(graph, 1, recipe.calibration.tokens)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
-    return Plan(layouts, rows, semantics, disk, phases)
+    return Plan(layouts, rows, semantics, disk, phases, compiling=compiling)
 
 
 def calibration_tokens(graph: Graph, recipe: Recipe) -> int:

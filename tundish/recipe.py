@@ -58,7 +58,7 @@ def _scheme(name: object) -> Scheme:
     if isinstance(name, Scheme):
         return name
     if not isinstance(name, str) or name not in SCHEMES:
-        raise ValueError("one of " + ", ".join(SCHEMES))
+        raise ValueError(("a scheme, no mix: " if name in MIXES else "one of ") + ", ".join(SCHEMES))
     return SCHEMES[name]
 
 
@@ -69,7 +69,8 @@ def _default(name: object) -> Scheme | Mix:
     if isinstance(name, Scheme | Mix):
         return name
     if not isinstance(name, str) or name not in _DEFAULTS:
-        raise ValueError("one of " + ", ".join(_DEFAULTS))
+        meant = str(name).lower()
+        raise ValueError(f"{meant}, in lower case" if meant in _DEFAULTS else "one of " + ", ".join(_DEFAULTS))
     return _DEFAULTS[name]
 
 
@@ -409,7 +410,7 @@ def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
     for target in recipe.verify.required:
         if target not in recipe.targets:
             where = locate(located, ("verify", "required"))[0].where
-            expected = "some of " + ", ".join(recipe.targets)
+            expected = "some of " + ", ".join(recipe.targets) + "; an inherited list is replaced by a new one"
             problems.append(Problem("required target that the recipe does not make", where, expected, target))
     for target in recipe.targets:
         length = recipe.verify.for_target(target).text.length

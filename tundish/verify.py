@@ -38,6 +38,7 @@ from tundish.worker import Request
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _MAX_SPECIAL_TEXTS = 64
+_SHOWN_ANSWER = 60  # characters of one that does not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +282,7 @@ def _verify_target(
             results.append(_outside(divergence, sequences.shape[1], semantics))
     if "answer" in events and gates.stops:
         answer = events["answer"]
-        detail = f"{len(answer['token_ids'])} tokens: {answer['text'].strip()!r}"
-        results.append(Gate("stops", answer["stopped"], detail=detail))
+        results.append(Gate("stops", answer["stopped"], detail=_answer_detail(answer)))
     elif gates.stops and model.tokenizer.chat_template is None:
         results.append(Gate("stops", None, detail="the model has no chat template"))
     if "long" in events:
@@ -313,6 +313,13 @@ def _codes_gate(expected: Mapping[str, str], found: Mapping[str, str]) -> Gate:
     if differing or extra:
         detail = f"{len(differing)} of {len(expected)} matrices differ: " + ", ".join((differing + extra)[:4])
     return Gate("codes", not differing and not extra, float(len(differing) + len(extra)), 0.0, detail)
+
+
+def _answer_detail(answer: dict[str, Any]) -> str:
+    count, text = len(answer["token_ids"]), answer["text"].strip()
+    if answer["stopped"]:
+        return f"{count} tokens: {text!r}"
+    return f"no stop token in {count} tokens (verify.answer.max_tokens), which begin {text[:_SHOWN_ANSWER]!r}"
 
 
 def _tokens_gate(gates: Gates, reference: Reference, found: Sequence[Sequence[int]]) -> Gate:

@@ -435,7 +435,8 @@ MISTAKES = {
     ),
     "required but not made": (
         GOOD + "verify:\n  required: [gguf, mlx]\n",
-        "required target that the recipe does not make (mine.yaml:13); expected some of gguf, onnx; found mlx.",
+        "required target that the recipe does not make (mine.yaml:13); expected some of gguf, onnx; an inherited list "
+        "is replaced by a new one; found mlx.",
     ),
     "text longer than the context": (
         GOOD + "verify:\n  text: {length: 600}\n  overrides:\n    onnx: {text: {length: 512}}\n",
