@@ -36,7 +36,8 @@ class Work:
 
 WORKS = {
     "all": Work("all four, int4 g32", "int4", (), (peers.Q4_0, peers.ONNX, peers.OPENVINO, peers.MLX)),
-    "q4_0": Work("GGUF, Q4_0", "q4_0", (), (peers.Q4_0,)),
+    "gguf": Work("GGUF, int4 g32 (Q4_0)", "int4", ("gguf",), (peers.Q4_0,)),
+    "q4_0": Work("GGUF, the mix Q4_0", "q4_0", (), (peers.Q4_0,)),
     "q4_k_m": Work("GGUF, Q4_K_M", "q4_k_m", (), (peers.Q4_K_M,)),
     "onnx": Work("ONNX", "int4", ("onnx",), (peers.ONNX,)),
     "openvino": Work("OpenVINO", "int4", ("openvino",), (peers.OPENVINO,)),
