@@ -238,7 +238,7 @@ def make(*arguments: str, cwd: Path = ROOT) -> str:
 def test_make_help_lists_every_recipe_and_target() -> None:
     listed = dict(re.findall(r"^  (\S+) +(\S.*)$", make("help"), re.MULTILINE))
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    targets = {"setup", "test", "test-all", "bench", "bench-peers", "check", "format", "lock"}
+    targets = {"setup", "test", "test-all", "bench", "bench-memory", "bench-peers", "check", "format", "lock"}
     targets |= {"schema", "wheel", "clean", "help"}
     assert recipes and set(listed) == recipes | targets
 
