@@ -24,8 +24,7 @@ import psutil
 
 from converters.checkpoint import TensorSource
 from converters.graph import Graph, Weight
-from converters.interpret import WeightRows
-from converters.ops import MAX_WEIGHTS, Linear
+from converters.interpret import interpret
 from converters.quantize.tensor import F32, U8
 from exporters.base import Layout, Place, Target
 from tundish.big_file import BigFileWriter
@@ -261,15 +260,9 @@ def _digest_speed(together: Together) -> float:
 
 
 def _calibration_seconds(graph: Graph, tokens: int) -> float:
-    """Of the interpreter's reading and multiplying, which is nearly all it does; the last product is left out."""
-    weights, nodes = graph.weights, graph.nodes[:-1]
-    linear = [weights[name] for node in nodes if isinstance(node.op, Linear) for name in node.op.weights]
-    sample = max(linear, key=_elements)
-    rows = min(sample.shape[0], max(1, MAX_WEIGHTS // sample.shape[1]))
-    values = np.ones((tokens, sample.shape[1]), np.float32)
-    spent = []
-    for _ in range(3):  # the first one brings the rows into memory: how fast that is has been measured
-        start = perf_counter()
-        WeightRows(sample)[0:rows] @ values.T
-        spent.append(perf_counter() - start)
-    return min(spent) / (rows * sample.shape[1]) * sum(map(_elements, linear))
+    """Of the interpreter's reading: its first block, as often as there are blocks. The head is left out there too."""
+    token_ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (1, tokens))
+    last = [node.name for node in graph.nodes if node.layer == 0][-1]
+    start = perf_counter()
+    interpret(graph, token_ids, stop_at=last)
+    return (perf_counter() - start) * graph.config.num_layers
