@@ -23,6 +23,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             errno.EDQUOT: "The quota is used up; choose another --out.",
             errno.EACCES: "Choose an --out that you may write to.",
             errno.EROFS: "The file system is read-only; choose another --out.",
+            errno.ENAMETOOLONG: "Choose a shorter --out: during a build, its folder's name is 27 characters longer.",
         }.get(error.errno or 0, "Check the disk and the permissions of --out.")
         where = str(error.filename or folder)
         raise ResourceError(f"cannot write: {error.strerror or error}", where=where, mend=mend) from error

@@ -21,6 +21,7 @@ from converters.passes.assign import requested_scheme
 from converters.quantize.scheme import NumberType
 from exporters.base import Exporter, Layout, Model, Semantics, Target
 from tundish.big_file import KEPT
+from tundish.disk import disk_errors
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCKS_AHEAD, row_blocks
@@ -181,10 +182,14 @@ def require_modules(exporter: Exporter) -> None:
 
 
 def disk_of(out: Path) -> Path:
-    """The folder to ask about the disk that will hold `out`: the innermost one that exists."""
+    """The folder to ask about the disk that will hold `out`: the innermost one that exists.
+
+    ResourceError if that cannot be told.
+    """
     parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    with disk_errors(out):
+        while not parent.exists():
+            parent = parent.parent
     return parent
 
 
