@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from converters.errors import TundishError
 from exporters.target import Target
 from tundish.disk import disk_errors
+from tundish.signals import ENDING, unwind_at_signals
 
 if TYPE_CHECKING:
     from tundish.job import Watcher
@@ -69,16 +69,16 @@ VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_published = False  # whether this command has, for what is said if it is interrupted
 
 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
+    global _published
+    _published = False
     os.environ.setdefault("USE_TORCH", "0")  # transformers would import it where it is installed, which takes seconds
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in all that is installed
-    for number in _ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs want it
-            signal.signal(number, _end)
+    unwind_at_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "×" is no reason to fail
@@ -88,16 +88,10 @@ def main() -> None:
         print(f"tundish: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except SystemExit as ending:
-        if ending.code in [128 + number for number in _ENDING]:
-            print("tundish: interrupted; nothing was published.", file=sys.stderr)
+        if ending.code in [128 + number for number in ENDING]:
+            what = "the build had been published by then" if _published else "nothing was published"
+            print(f"tundish: interrupted; {what}.", file=sys.stderr)
         raise
-
-
-def _end(number: int, frame: object) -> None:
-    """Unwind, so that children end and unfinished folders are removed; a second signal must not disturb that."""
-    for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    raise SystemExit(128 + number)
 
 
 @app.callback()
@@ -286,13 +280,17 @@ def watcher() -> Iterator[Watcher]:
 
     from tundish.job import Watcher
 
+    def published() -> None:
+        global _published
+        _published = True
+
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
 
         def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
-        yield Watcher(say, lambda text, total: say(text), lambda amount: None)
+        yield Watcher(say, lambda text, total: say(text), lambda amount: None, published)
         return
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -304,6 +302,7 @@ def watcher() -> Iterator[Watcher]:
             lambda text: progress.console.print(text, markup=False),
             start,
             lambda amount: progress.advance(progress.task_ids[-1], amount),
+            published,
         )
 
 

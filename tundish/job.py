@@ -25,19 +25,24 @@ from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifes
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.plan import Plan, calibration_tokens, disk_of, make_plan, shortage_of
 from tundish.pour import pour
-from tundish.publish import files_in, publish, require_replaceable, staging
+from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
 from tundish.recipe import Recipe, load_recipe, recipe_digest
 from tundish.report import write_report
+from tundish.signals import deferred_signals
 from tundish.verify import TargetResult, verify
 
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """How a job reports what it does: `say` a sentence, `start` a count of a total, `advance` it."""
+    """How a job reports what it does: `say` a sentence, `start` a count of a total, `advance` it.
+
+    `published` is called once the build has its final name; no signal comes between.
+    """
 
     say: Callable[[str], None]
     start: Callable[[str, int], None]
     advance: Callable[[int], None]
+    published: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +109,15 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     """Build every target of a recipe and return the manifest.
 
     Artifacts are written beside `out` and renamed to it at the very end. A build that fails its gates is moved to
-    `<out>.rejected` for a look, and GateError is raised; `out` stays as it was.
+    `<out>.rejected` for a look, and GateError is raised; `out` stays as it was. It does so too if somebody else put
+    something there meanwhile: UsageError then names the folder in which the build is.
     """
     threads = choices.threads or cores()
     recipe = settle_recipe(choices)
     out = output(choices, recipe)
     require_replaceable(out, recipe.targets)
     require_replaceable(rejected_name(out), Target)
+    reclaim(out, watcher.say)
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
@@ -135,8 +142,10 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
                 results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
             _record(manifest, results, folder, out)
             require_gates(manifest, results, folder, out)
-            publish(folder, out)
-    watcher.say(f"written: {out}")
+            with deferred_signals():  # nobody shall be told of an interruption that nothing was published
+                publish(folder, out, recipe.targets)
+                watcher.published()
+                watcher.say(f"written: {out}")
     return manifest
 
 
@@ -171,8 +180,7 @@ def require_gates(manifest: dict[str, Any], results: Sequence[TargetResult] | No
     failures = failed_gates(results or ())
     if not failures:
         return
-    rejected = rejected_name(out)
-    publish(folder, rejected)
+    rejected = reject(folder, rejected_name(out))
     raise FailedGatesError(
         manifest,
         "verification failed, nothing is published",

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import platform
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from converters.errors import UsageError
 from exporters.base import Target
 from tundish.disk import disk_errors
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest
+from tundish.signals import deferred_signals
+
+if sys.platform != "win32":
+    import fcntl
+
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # locks of a network disk may hold on one machine only
 
 
 def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
     """UsageError unless `out` is absent, empty, or a build of these targets or fewer that nobody added to."""
     if not os.path.lexists(out):
         return
-    if not out.is_dir() or out.is_symlink():
+    if out.is_symlink() or not out.is_dir():
         raise UsageError("--out is not a folder", where=str(out), mend="Choose another name.")
     if out.is_mount():
         raise UsageError(
@@ -50,15 +62,25 @@ def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
 
 
 def files_in(folder: Path) -> set[str]:
-    """Relative names of everything below a folder that is no folder itself; links are not followed."""
-    try:
-        return {
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-        }
-    except OSError as error:
+    """Relative names of everything below a folder that is no folder itself; links are not followed.
+
+    UsageError if a folder cannot be looked into.
+    """
+
+    def refuse(error: OSError) -> None:
         raise UsageError(
-            "cannot look into the folder", where=str(folder), found=str(error), mend="Choose another."
+            "cannot look into the folder",
+            where=str(error.filename or folder),
+            found=str(error.strerror or error),
+            mend="Choose another, or make this one readable.",
         ) from error
+
+    found: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        paths = [Path(parent, name) for name in files]
+        paths += [path for path in (Path(parent, name) for name in folders) if path.is_symlink()]
+        found.update(path.relative_to(folder).as_posix() for path in paths)
+    return found
 
 
 def _written(manifest: Path) -> set[str]:
@@ -68,28 +90,127 @@ def _written(manifest: Path) -> set[str]:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, on the same file system. It is removed at the end if it is still there."""
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        folder.chmod(0o755)  # mkdtemp's 0700 would stay with the published folder
-    try:
+    """A new folder beside `out`, on the same file system. It is removed at the end if it is still there.
+
+    It is locked for as long as this process lives, so that `reclaim` can tell whose it is.
+    """
+    with ExitStack() as stack:
+        with disk_errors(out), deferred_signals():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            stack.callback(_remove, made)
+            made.chmod(0o755)  # mkdtemp's 0700 would stay with the published folder
+            lock = _lock(made)
+            if lock is not None:
+                stack.callback(os.close, lock)
+            # Only now it has a name that `reclaim` knows, and one that it may remove only if there is a lock.
+            ending = ".partial" if lock is None else f".{_MACHINE}.partial"
+            folder = made.rename(made.with_name(made.name + ending))
+            stack.callback(_remove, folder)
         yield folder
+
+
+def _remove(folder: Path) -> None:
+    with deferred_signals():
+        shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed is told by the next build's `reclaim`
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor with the folder's lock, which ends with this process; None if another has it or nothing can."""
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def reclaim(out: Path, say: Callable[[str], None]) -> None:
+    """Remove what builds of `out` left beside it when they were killed. What may be of a living one is told only."""
+    left = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}(\.[0-9a-f]{{8}})?\.(partial|old)")
+    try:
+        found = sorted((path, match) for path in out.parent.iterdir() if (match := left.fullmatch(path.name)))
+    except OSError:
+        return  # no such folder yet, or one that cannot be read; whether it can be written to is asked later
+    for path, match in found:
+        if match[2] == "old":
+            say(f"left alone: {path}, which a build that was killed had moved away from {out}")
+        elif match[1] == f".{_MACHINE}" and _reclaimed(path):
+            say(f"removed: {path}, which a build that was killed had left")
+        else:
+            say(f"left alone: {path}, of a build that is running or that was killed on another machine")
+
+
+def _reclaimed(folder: Path) -> bool:
+    try:
+        lock = _lock(folder)
+    except OSError:  # its build has just ended, or it is another user's
+        return False
+    if lock is None:
+        return False
+    try:
+        _remove(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+    return not os.path.lexists(folder)
 
 
-def publish(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`. An earlier `out` is moved aside first and put back if the rename fails."""
+def publish(folder: Path, out: Path, targets: Collection[Target]) -> None:
+    """Rename `folder`, which `staging` made, to `out`, and remove what stood there.
+
+    UsageError if that may not be replaced (`require_replaceable`), which it might have been when the build began; the
+    folder then gets a free name beside it. No signal comes between: either all of this is done or nothing.
+    """
+    with deferred_signals():
+        try:
+            _exchange(folder, out, targets)
+        except UsageError as error:
+            kept = _keep(folder, out.with_name(out.name + ".new"))
+            raise UsageError(
+                "--out changed during the build, and what is there now stays",
+                where=str(out),
+                found=f"{error.what}: {error.found}" if error.found else error.what,
+                mend=f"What was built is in {kept}.",
+            ) from error
+
+
+def reject(folder: Path, rejected: Path) -> Path:
+    """Rename `folder` to `rejected`, or to a free name if that may not be replaced. Returns its name."""
+    with deferred_signals():
+        try:
+            _exchange(folder, rejected, tuple(Target))
+        except UsageError:
+            return _keep(folder, rejected)
+        return rejected
+
+
+def _exchange(folder: Path, out: Path, targets: Collection[Target]) -> None:
+    """Rename `folder` to `out`, and remove what stood there if it may be replaced; else UsageError, and all stays."""
+    aside = folder.with_suffix(".old")
     with disk_errors(out):
-        if not out.exists():
+        require_replaceable(out, targets)
+        try:
+            if os.path.lexists(out):
+                out.rename(aside)
+                require_replaceable(aside, targets)  # nothing can have come to it under its name since
             folder.rename(out)
-            return
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".old", dir=out.parent) as aside:
-            old = Path(aside) / out.name
-            out.rename(old)
-            try:
-                folder.rename(out)
-            except BaseException:
-                old.rename(out)
-                raise
+        except BaseException as error:
+            if os.path.lexists(aside) and not os.path.lexists(out):
+                aside.rename(out)
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise UsageError("another took the name", where=str(out)) from error
+            raise
+        if os.path.lexists(aside):
+            aside.rename(folder)  # a name that says that it may be removed, by another build if need be
+            _remove(folder)
+
+
+def _keep(folder: Path, name: Path) -> Path:
+    """Rename `folder` to `name`, or with the first number behind it that is free. Returns the new name."""
+    with disk_errors(name):
+        names = (name.with_name(f"{name.name}{number}") for number in itertools.count(2))
+        free = next(each for each in itertools.chain([name], names) if not os.path.lexists(each))
+        return folder.rename(free)

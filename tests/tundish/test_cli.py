@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -264,6 +266,27 @@ def test_status_5_no_disk(tundish: Run, gguf_recipe: Path, tmp_path: Path, monke
     assert text.status == 5 and f"disk: {document['disk']:,} bytes" in text.out and "time," not in text.out
 
 
+def test_status_5_a_place_that_cannot_be_reached(
+    tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "x" * 300
+    for out in (tmp_path / long / "x", tmp_path / long, tmp_path / long[:245]):
+        require_refusal(tundish("build", gguf_recipe, "--out", out), 5, "File name too long", "Choose a shorter --out")
+    closed, stat = tmp_path / "closed", os.stat
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:  # as a system does, but for root
+        if not isinstance(path, int) and closed in Path(os.fsdecode(path)).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    closed.mkdir()
+    monkeypatch.setattr(os, "stat", refusing)
+    for command in ("build", "plan"):
+        refused = tundish(command, gguf_recipe, "--out", closed / "x" / "y")
+        require_refusal(refused, 5, "cannot write: Permission denied", "Choose an --out that you may write to.")
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "closed"}
+
+
 # ---- signals and pipes ----
 
 # A shell's background job ignores SIGINT, and so would whatever pytest starts from one.
@@ -305,6 +328,29 @@ def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_re
     assert not worker.is_running(), "the runtime's process outlived the build"
     assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "scratch"}
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_signal_after_publishing_says_so(
+    tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["build", gguf_recipe, "--out", tmp_path / "out", "--no-verify"]
+    assert tundish(*line).status == 0
+    before = (tmp_path / "out").stat().st_ino
+    rmtree = shutil.rmtree
+
+    def interrupted(folder: Path | str, **options: Any) -> None:
+        if Path(folder).name.startswith(".out."):  # others remove temporary folders too
+            signal.raise_signal(signal.SIGTERM)
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    ended = tundish(*line)
+    assert (ended.status, ended.out) == (143, "")
+    told = [f"written: {tmp_path / 'out'}", "tundish: interrupted; the build had been published by then."]
+    assert ended.err.splitlines()[-2:] == told
+    assert (tmp_path / "out").stat().st_ino != before and (tmp_path / "out" / "gguf" / "model.gguf").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "out"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

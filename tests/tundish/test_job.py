@@ -19,6 +19,7 @@ from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, verify
+from tundish import publish as publishing
 from tundish.job import Choices, Watcher, build, verify_again
 from tundish.model import open_model
 from tundish.recipe import load_recipe
@@ -234,3 +235,31 @@ def test_wrong_targets_and_models(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_child_killed_while_it_wrote_a_line(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"step": "codes", "digests": {}}\n{"step": "tokens", "ids": [[1, ')
     assert verify._read_events(tmp_path / "events.jsonl") == {"codes": {"step": "codes", "digests": {}}}
+
+
+def test_what_appears_under_the_name_during_a_build_stays(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"mlx": {}}, context=128)
+
+    def appear(elements: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("precious")
+
+    told: list[str] = []
+    watcher = Watcher(told.append, QUIET.start, appear, lambda: told.append("published"))
+    with pytest.raises(UsageError, match=r"changed during the build.*out\.new"):
+        build(Choices(str(recipe), out=out, verify=False), watcher)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    assert "published" not in told and not list(tmp_path.glob(".out*"))
+    assert verify_again(tmp_path / "out.new", None, None, QUIET)["verification"]["mlx"]["passed"], "all of it is there"
+
+
+def test_a_build_reclaims_what_a_killed_one_left(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    left = tmp_path / f".out.abcd_123.{publishing._MACHINE}.partial"
+    (left / "gguf").mkdir(parents=True)
+    told: list[str] = []
+    watcher = Watcher(told.append, QUIET.start, QUIET.advance, lambda: told.append("published"))
+    build(Choices(str(recipe), out=tmp_path / "out", verify=False), watcher)
+    assert not left.exists() and told[0].startswith(f"removed: {left}")
+    assert told[-2:] == ["published", f"written: {tmp_path / 'out'}"]
