@@ -53,19 +53,19 @@ def _quantize(values: F32, scheme: Scheme, importance: F32 | None) -> QuantTenso
 
 
 def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:
-    if scheme.type is NumberType.BFLOAT:
-        return values.astype(ml_dtypes.bfloat16)
     if scheme.bits == 32:
         return values
+    brain = scheme.type is NumberType.BFLOAT
+    kind = ml_dtypes.bfloat16 if brain else np.float16
     with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
+        half: FloatArray = values.astype(kind)
     if not np.isfinite(half).all():
         raise ModelError(
-            "weights do not fit fp16",
+            f"weights do not fit {scheme.name}",
             where=_place(weight),
-            expected="magnitudes up to 65504",
+            expected=f"magnitudes up to {float(ml_dtypes.finfo(kind).max):.6g}",
             found=f"{np.abs(values).max():.6g}",
-            mend="Choose bf16, fp32 or an integer scheme for this role.",
+            mend=f"Choose {'fp32' if brain else 'bf16, fp32 or an integer scheme'} for this role.",
         )
     return half
 

@@ -35,14 +35,15 @@ def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
         square = np.mean(np.square(rows, dtype=np.float64), axis=0)
         mean = square.mean()
-        if not np.isfinite(mean) or mean == 0:
+        if not np.isfinite(mean):
             raise ModelError(
                 "the model computes no finite values on random tokens",
                 where=f"input of {node.name}",
-                found="NaN or Inf" if mean else "zeros only",
+                found="NaN or Inf",
                 mend="The checkpoint is damaged: download it again or use another.",
             )
-        counts = (square / mean + _FLOOR).astype(np.float32)
+        # A pruned layer has inputs of zeros: its columns matter alike, to nobody.
+        counts = (square / mean + _FLOOR if mean else np.ones_like(square)).astype(np.float32)
         for name in node.op.weights:
             importance[name] = counts
 

@@ -27,6 +27,7 @@ _WIDTH = 16  # elements of an LLVM vector, which splits it where the machine's a
 _TOGETHER = 4  # vectors in flight: enough to hide the latency of the sums
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds below 2**22 to an integer, half to even
 _TINY = np.float32(1e-30)  # far below what an fp16 scale can hold; the inverse of less overflows float32
+_INFINITE = np.float32(np.inf)
 
 _FLOAT = ir.FloatType()
 _INDEX = ir.IntType(64)
@@ -209,7 +210,7 @@ def search_symmetric(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def search_asymmetric(groups: F32, counts: F32 | None, spans: F32, top: int) -> tuple[F32, U8]:  # pragma: no cover
-    """Positive scales f32[rows, m] and integer zeros u8[rows, m]."""
+    """Positive scales f32[rows, m], infinite where the values' range is, and integer zeros u8[rows, m]."""
     rows, m, size = groups.shape
     scale, zeros = np.empty((rows, m), np.float32), np.empty((rows, m), np.uint8)
     x, best = np.empty((size, LANES), np.float32), np.empty((3, LANES), np.float32)
@@ -239,7 +240,9 @@ def search_asymmetric(groups: F32, counts: F32 | None, spans: F32, top: int) -> 
                 most[lane] = end - best[2, lane]
             _refit(x, counts, column, inverse, least, most, best)
             for lane in range(min(LANES, rows - start)):
-                scale[start + lane, column] = best[1, lane]
+                # Of a range beyond float32 no candidate has an inverse; no finite scale spans it either.
+                spanned = highest[lane] - lowest[lane] < _INFINITE
+                scale[start + lane, column] = best[1, lane] if spanned else _INFINITE
                 zeros[start + lane, column] = np.uint8(best[2, lane])
     return scale, zeros
 

@@ -9,8 +9,8 @@ Layouts are those of ggml-common.h, little-endian, 256 values in a block:
 value = d * scale * code - dmin * minimum; how these numbers are found is in k_affine_search.
 
 An error counts with ggml's own weights (quantize_row_*_ref and quantize_*_K in ggml-quants.c): without importance, the
-value's magnitude (Q2_K), or that plus the root mean square of its sub-block (Q4_K, Q5_K); with importance,
-importance * sqrt(mean square of the block, twice that in Q4_K and Q5_K, + value^2).
+value's magnitude (Q2_K, and a little of what follows, so that zeros count) plus the root mean square of its sub-block
+(Q4_K, Q5_K); with importance, importance * sqrt(mean square of the block, twice that in Q4_K and Q5_K, + value^2).
 """
 
 from __future__ import annotations

@@ -42,6 +42,11 @@ _TOO_LARGE = np.float32(131072)  # is no fp16, and stays finite in what follows
 # the superblock's scales are multiples of one number.
 _MARGIN = np.float32(1 + 2e-6)
 _SMALLEST = np.float32(2**-24)  # fp16 above 0
+# Of the root mean square of a sub-block, what counts beside a value's magnitude in Q2_K. By ggml's weights, the
+# magnitude alone, zeros may become anything, and an outlier among them is stored best as a minimum without a scale.
+# ggml starts from codes that span the range and keeps them unless others are better; this little, which changes no
+# dense tensor's error by those weights, leaves less error than that.
+_SILENT = np.float32(0.05)
 _PAIR_ROWS = 12  # of the work array of a search for d and dmin, before what these can be
 _UNROLL = 8  # values of a lane that are summed in registers
 
@@ -138,7 +143,7 @@ def _weigh(x: F32, subs: int, counted: bool, w: F32) -> None:  # pragma: no cove
             base[lane] = base[lane - count]
     else:
         for lane in range(LANES):
-            base[lane] = _ZERO if size == 16 else np.sqrt(base[lane] / np.float32(size))
+            base[lane] = (_SILENT if size == 16 else _ONE) * np.sqrt(base[lane] / np.float32(size))
     for start in range(0, x.shape[0], LANES):
         xs, ws = x[start : start + LANES], w[start : start + LANES]
         if counted:

@@ -73,3 +73,16 @@ def test_a_model_without_finite_values_is_named(tmp_path: Path) -> None:
         file.write(np.float32(np.nan).tobytes()[2:] * broken.shape[1])  # a row of bf16 NaN
     with pytest.raises(ModelError, match=r"no finite values.*input of blocks\.1\.mlp_out"):
         random_token_importance(graph, 4, 0)
+
+
+def test_a_pruned_layer_has_columns_that_count_alike(tmp_path: Path) -> None:
+    graph = load_graph(make_checkpoint("phi3_medium_gqa", tmp_path))
+    for name in ("blocks.1.mlp_gate", "blocks.1.mlp_up"):
+        pruned = graph.weights[name]
+        path, offset = pruned.source.location
+        with Path(path).open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes(2 * pruned.shape[0] * pruned.shape[1]))
+    importance = random_token_importance(graph, 4, 0)
+    np.testing.assert_array_equal(importance["blocks.1.mlp_down"], 1)
+    assert np.ptp(importance["blocks.0.mlp_down"]) > 0 and np.ptp(importance["lm_head"]) > 0

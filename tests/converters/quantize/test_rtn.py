@@ -129,3 +129,13 @@ def test_zeros_stay_zeros() -> None:
 def test_scale_beyond_fp16_is_refused() -> None:
     with pytest.raises(OverflowError, match="does not fit fp16"):
         quantize_rtn(np.full((1, 32), 1e30, np.float32), SCHEMES["int4_g32"])
+
+
+@pytest.mark.parametrize("values", [(2e38, -2e38), (3.4e38, -3.4e38), (3e38, 0), (0, -3e38)], ids=str)
+@pytest.mark.parametrize("scheme", INTEGER, ids=lambda scheme: scheme.name)
+def test_a_range_beyond_float32_is_refused(scheme: Scheme, values: tuple[float, float]) -> None:
+    weight = np.random.default_rng(7).standard_normal((3, 128)).astype(np.float32)
+    weight[1, 3:5] = values
+    for importance in (None, np.ones(128, np.float32)):
+        with pytest.raises(OverflowError, match="does not fit fp16"):
+            quantize_rtn(weight, scheme, importance)

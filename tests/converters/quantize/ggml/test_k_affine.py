@@ -218,3 +218,25 @@ def test_error_on_the_samples_matrices_is_below_ggmls(name: str, counts: str) ->
             values = values if values.shape[1] % 256 == 0 else values.reshape(-1, 256)
             ours, theirs = compare(name, values, importances(values.shape[1])[counts])
             assert ours < (0.99 if counts != "uniform" else 0.995) * theirs, (matrix, layer)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.06, 0.25, 0.5])
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_count_among_a_few_other_values(name: str, share: float) -> None:
+    """Even where ggml's weights, without importance, give them none: Q2_K."""
+    rng = np.random.default_rng(10)
+    for others in (rng.normal(size=SHAPE), rng.choice([-1, 1], SHAPE), np.abs(rng.normal(size=SHAPE))):
+        values = np.where(rng.random(SHAPE) < share, others, 0).astype(np.float32)
+        ours, theirs = (
+            np.square(ggml_dequantize(name, quantize(name, values, None)) - values, dtype=np.float64).sum()
+            for quantize in (lambda name, *arguments: QUANTIZE[name](*arguments), ggml_quantize)
+        )
+        assert ours <= theirs + 1e-6 * np.square(values).sum()
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_alone_among_zeros(name: str, value: float) -> None:
+    values = np.zeros((1, 256), np.float32)
+    values[0, 5] = value
+    np.testing.assert_allclose(DEQUANTIZE[name](QUANTIZE[name](values, None)), values, atol=1e-3)
