@@ -36,15 +36,15 @@ class Installed:
     pythons: tuple[Path, ...]
     llama_cpp: Path | None
 
-    def python(self, module: str) -> Path:
-        """The first Python that can import the module. MissingError if there is none."""
+    def python(self, *modules: str) -> Path:
+        """The first Python that can import the modules. MissingError names those that the best one lacks."""
+        missing = list(modules)
         for python in self.pythons:
-            found = subprocess.run(  # noqa: S603 - an interpreter that the user named
-                [python, "-c", f"import {module}"], capture_output=True, check=False, cwd=python.parent
-            )
-            if found.returncode == 0:
+            if _imports(python, *modules):
                 return python
-        raise MissingError(f"no {module}")
+            lacking = [module for module in modules if not _imports(python, module)]
+            missing = min(missing, lacking, key=len)
+        raise MissingError(f"no {', '.join(missing or modules)}")
 
     def converter(self) -> Path:
         """llama.cpp's script."""
@@ -59,6 +59,12 @@ class Installed:
         if found is None:
             raise MissingError("no llama-quantize")
         return Path(found)
+
+
+def _imports(python: Path, *modules: str) -> bool:
+    command: Command = [python, "-c", f"import {', '.join(modules)}"]
+    found = subprocess.run(command, capture_output=True, check=False, cwd=python.parent)  # noqa: S603 - the user named it
+    return found.returncode == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class Peer:
 
 def _llama_cpp(kind: str) -> Callable[[Installed, Path, Path], list[Command]]:
     def commands(installed: Installed, checkpoint: Path, out: Path) -> list[Command]:
-        python, whole = installed.python("gguf, torch, transformers"), out / "bf16.gguf"
+        python, whole = installed.python("gguf", "torch", "transformers"), out / "bf16.gguf"
         convert: Command = [python, installed.converter(), checkpoint, "--outtype", "bf16", "--outfile", whole]
         threads = str(os.cpu_count() or 1)
         return [convert, [installed.quantize(), whole, out / "model.gguf", kind, threads]]
@@ -95,7 +101,7 @@ def _onnx(installed: Installed, checkpoint: Path, out: Path) -> list[Command]:
 
 
 def _openvino(installed: Installed, checkpoint: Path, out: Path) -> list[Command]:
-    program = installed.python("optimum.intel, openvino, nncf").parent / "optimum-cli"
+    program = installed.python("optimum.intel", "openvino", "nncf").parent / "optimum-cli"
     options = ["--task", "text-generation-with-past", "--weight-format", "int4", "--sym", "--group-size", "32"]
     return [[program, "export", "openvino", "--model", checkpoint, *options, out / "model"]]
 

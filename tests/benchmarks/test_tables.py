@@ -102,6 +102,15 @@ def test_what_is_not_installed_is_said_and_not_run(tmp_path):
         nowhere.converter()
 
 
+def test_only_what_is_missing_is_named():
+    nowhere = Installed((Path(sys.executable),), None)
+    with pytest.raises(MissingError, match=r"^no no_such_module_here, nor_this$"):
+        nowhere.python("json", "no_such_module_here", "os.path", "nor_this")
+    assert nowhere.python("json", "os.path") == Path(sys.executable)
+    with pytest.raises(MissingError, match=r"^no json$"):
+        Installed((), None).python("json")
+
+
 def test_a_peer_runs_its_commands_in_a_new_folder_and_counts_them_together(tmp_path):
     write = [sys.executable, "-c", "open('part', 'a').write('x')"]
     peer = Peer("p", lambda *_: [list(write), list(write)], "part")
