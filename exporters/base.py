@@ -94,6 +94,7 @@ class TensorRow:
     type: str
     shape: tuple[int, ...]
     nbytes: int
+    shares: str | None = None  # the tensor named before whose bytes these are
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,14 @@ def inspect(
 
     rows = inspect_path(path)
     document = [
-        {"file": row.file, "name": row.name, "type": row.type, "shape": list(row.shape), "bytes": row.nbytes}
+        {
+            "file": row.file,
+            "name": row.name,
+            "type": row.type,
+            "shape": list(row.shape),
+            "bytes": row.nbytes,
+            "shares": row.shares,
+        }
         for row in rows
     ]
     show(document, as_json, _tensor_text)
@@ -371,8 +378,9 @@ def _seconds(spent: float) -> str:
 def _tensor_text(document: list[dict[str, Any]]) -> str:
     rows = [["file", "tensor", "type", "shape", "bytes"]]
     for row in document:
-        rows.append([row["file"], row["name"], row["type"], "×".join(map(str, row["shape"])), f"{row['bytes']:,}"])
-    total = sum(row["bytes"] for row in document)
+        size = f"those of {row['shares']}" if row["shares"] else f"{row['bytes']:,}"
+        rows.append([row["file"], row["name"], row["type"], "×".join(map(str, row["shape"])), size])
+    total = sum(row["bytes"] for row in document if not row["shares"])
     return _columns(rows, frozenset({4})) + f"\n{len(document)} tensors, {total:,} bytes"
 
 

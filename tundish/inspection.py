@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from converters.checkpoint import open_checkpoint
@@ -27,9 +28,7 @@ def inspect_path(path: Path) -> list[TensorRow]:
     if (folder / MANIFEST).is_file():
         parts = [(target, folder / target) for target in Target if (folder / target).is_dir()]
         return [
-            TensorRow(f"{target}/{row.file}", row.name, row.type, row.shape, row.nbytes)
-            for target, part in parts
-            for row in _artifact_rows(target, part)
+            replace(row, file=f"{target}/{row.file}") for target, part in parts for row in _artifact_rows(target, part)
         ]
     for target, sign in _SIGNS.items():
         if any(folder.glob(sign)):

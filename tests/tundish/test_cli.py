@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,8 +20,11 @@ from typing import Any
 
 import psutil
 import pytest
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model
 
 from exporters.base import Target
+from exporters.onnx.data_file import external_tensor
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import cli, doctor
 
@@ -136,11 +140,26 @@ def test_plan_names_a_group_that_does_not_divide_the_row(tundish: Run, checkpoin
 
 def test_inspect(tundish: Run, checkpoint: Path, poured: Path) -> None:
     rows = json.loads(tundish("inspect", checkpoint, "--json").out)
-    assert {"file", "name", "type", "shape", "bytes"} == set(rows[0])
+    assert {"file", "name", "type", "shape", "bytes", "shares"} == set(rows[0])
     assert {row["type"] for row in rows} == {"bfloat16"}
     assert {row["file"].split("/")[0] for row in json.loads(tundish("inspect", poured, "--json").out)} == set(Target)
     text = tundish("inspect", checkpoint).out
     assert text.splitlines()[-1] == f"{len(rows)} tensors, {sum(row['bytes'] for row in rows):,} bytes"
+
+
+def test_inspect_counts_shared_bytes_once(tundish: Run, tmp_path: Path) -> None:
+    graph = make_graph([], "shared", [], [])
+    for name, shape, offset in (("codes", (4, 8), 64), ("rows", (32,), 64), ("scales", (4,), 0)):
+        graph.initializer.append(external_tensor(name, TensorProto.UINT8, shape, offset, math.prod(shape)))
+    (tmp_path / "model.onnx").write_bytes(make_model(graph).SerializeToString())
+    rows = json.loads(tundish("inspect", tmp_path, "--json").out)
+    assert [(row["name"], row["bytes"], row["shares"]) for row in rows] == [
+        ("codes", 32, None),
+        ("rows", 32, "codes"),
+        ("scales", 4, None),
+    ]
+    lines = tundish("inspect", tmp_path).out.splitlines()
+    assert lines[2].endswith("those of codes") and lines[-1] == "3 tensors, 36 bytes"
 
 
 def test_doctor(tundish: Run) -> None:
