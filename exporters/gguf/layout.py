@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
+from gguf.gguf_writer import WriterState
 
 from converters.quantize.scheme import Scheme
 from exporters.base import BigFile, Layout, Model, Place
@@ -50,18 +50,17 @@ def _aligned(offset: int) -> int:
 
 def header_bytes(arch: str, entries: Sequence[Entry], tensors: Sequence[GgufTensor]) -> bytes:
     """Everything before the first tensor, padded to where it begins."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header"
-        writer = GGUFWriter(None, arch)
-        for entry in entries:
-            if entry.key != "general.architecture":  # the writer has added it already
-                writer.add_key_value(entry.key, entry.value, entry.type, entry.item)
-        for tensor in tensors:
-            # The writer looks at the numpy dtype only where no GGML type is given.
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        header = path.read_bytes()
+    writer, memory = GGUFWriter(None, arch), io.BytesIO()
+    for entry in entries:
+        if entry.key != "general.architecture":  # the writer has added it already
+            writer.add_key_value(entry.key, entry.value, entry.type, entry.item)
+    for tensor in tensors:
+        # The writer looks at the numpy dtype only where no GGML type is given.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+    # As it opens a file, but for the file: a temporary folder may be full.
+    writer.fout, writer.state = [io.BufferedWriter(memory)], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    header = memory.getvalue()
     return header.ljust(_aligned(len(header)), b"\0")

@@ -11,7 +11,8 @@ import html
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,22 +93,28 @@ def _xml(model: ov.Model) -> str:
 
     When it cannot write, the serializer deletes both files. So it gets a link, and never the name of the null device.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path, sink = Path(folder, "model.xml"), Path(folder, "model.bin")
-            sink.symlink_to(os.devnull)
-            ov.serialize(model, path, sink)
-            xml = path.read_text(encoding="utf-8")
+    with scratch_errors("the network's description"), tempfile.TemporaryDirectory() as folder:
+        path, sink = Path(folder, "model.xml"), Path(folder, "model.bin")
+        sink.symlink_to(os.devnull)
+        ov.serialize(model, path, sink)
+        xml = path.read_text(encoding="utf-8")
         if not xml.rstrip().endswith("</net>"):
             raise OSError("the file is cut off")
+    return xml
+
+
+@contextmanager
+def scratch_errors(what: str) -> Iterator[None]:
+    """ResourceError where `what` cannot be written to a temporary folder below."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         raise ResourceError(
-            "the network's description cannot be written",
-            where="temporary folder",
+            f"{what} cannot be written",
+            where=tempfile.tempdir or "temporary folder",
             found=str(error).strip() or type(error).__name__,
             mend="Free a few megabytes there, or set TMPDIR to a folder with space.",
         ) from error
-    return xml
 
 
 def _with_places(xml: str, places: Mapping[str, int], sizes: Mapping[str, int]) -> str:

@@ -14,18 +14,24 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is as intended
 from transformers import AutoTokenizer
 
+from exporters.openvino.ir import scratch_errors
+
 TOKENIZER = "openvino_tokenizer"
 DETOKENIZER = "openvino_detokenizer"
 
 _COUNTED = re.compile(r"[A-Za-z][A-Za-z0-9]*_[0-9]+(\.[0-9]+)?")
+_WRITTEN = "the tokenizer's models"
 
 
 def convert_tokenizer(files: dict[str, bytes], config: bytes) -> dict[str, bytes]:
     """The four files of the two models. `config` is config.json, which names the class where the files do not."""
-    with tempfile.TemporaryDirectory() as name:
+    with scratch_errors(_WRITTEN):
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as name:
         folder = Path(name)
-        for file, data in (files | {"config.json": config}).items():
-            (folder / file).write_bytes(data)
+        with scratch_errors(_WRITTEN):
+            for file, data in (files | {"config.json": config}).items():
+                (folder / file).write_bytes(data)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if tokenizer.is_fast:
             _keep_byte_names_apart(tokenizer.backend_tokenizer)
@@ -54,8 +60,12 @@ def _keep_byte_names_apart(backend: Tokenizer) -> None:
 def _serialize(model: ov.Model, stem: str, folder: Path) -> dict[str, bytes]:
     _renumber(model)
     paths = [folder / f"{stem}.xml", folder / f"{stem}.bin"]
-    ov.serialize(model, *paths)
-    return {path.name: path.read_bytes() for path in paths}
+    with scratch_errors(_WRITTEN):
+        ov.serialize(model, *paths)
+        data = {path.name: path.read_bytes() for path in paths}
+        if not data[paths[0].name].rstrip().endswith(b"</net>"):
+            raise OSError("the file is cut off")
+    return data
 
 
 def _renumber(model: ov.Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,3 +166,10 @@ def test_a_model_published_as_greedy_has_no_sampling_defaults(tmp_path: Path) ->
 def test_a_window_is_stated_for_phi3(tmp_path: Path) -> None:
     artifact = write_artifact(model_of(random_graph(replace(BASE, sliding_window=2047))), tmp_path)
     assert value_of(reader(artifact), "phi3.attention.sliding_window") == 2047
+
+
+def test_planning_writes_no_temporary_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = model_of(random_graph(CONFIGS["phi3"]))
+    expected = layout_of(model).big[FILE].fixed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    assert layout_of(model).big[FILE].fixed == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ genai = pytest.importorskip("openvino_genai")
 pytest.importorskip("openvino_tokenizers")
 
 from converters.config import ModelConfig  # noqa: E402
+from converters.errors import ResourceError  # noqa: E402
 from converters.tokenizer import read_tokenizer  # noqa: E402
 from exporters.openvino.config import config_json  # noqa: E402
 from exporters.openvino.tokenizer import DETOKENIZER, TOKENIZER, convert_tokenizer  # noqa: E402
@@ -67,3 +69,9 @@ def test_models_are_the_same_bytes_each_time(tmp_path):
     first, second = convert_tokenizer(files, config), convert_tokenizer(files, config)
     assert set(first) == {f"{stem}.{end}" for stem in (TOKENIZER, DETOKENIZER) for end in ("xml", "bin")}
     assert first == second
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with pytest.raises(ResourceError, match=r"the tokenizer's models cannot be written \(.*full\)"):
+        convert_tokenizer({"tokenizer.json": b"{}"}, b"{}")
