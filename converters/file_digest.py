@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
+from converters.errors import ModelError
+
 _CHUNK = 1 << 20
 
 
 def sha256_of(paths: Iterable[Path], threads: int = 1) -> dict[Path, str]:
-    """SHA-256 of each file, in hex."""
+    """SHA-256 of each file, in hex. ModelError if one cannot be read."""
     with digesting(paths, threads) as digests:
         return digests.result()
 
@@ -25,13 +28,16 @@ class Digests:
         self._digests = {path: pool.submit(_sha256, path, stop) for path in _largest_first(paths)}
 
     def result(self) -> dict[Path, str]:
-        """Of each file, in hex, when all are done. OSError if one cannot be read."""
+        """Of each file, in hex, when all are done. ModelError if one cannot be read."""
         return {path: digest.result() for path, digest in self._digests.items()}
 
 
 @contextmanager
 def digesting(paths: Iterable[Path], threads: int = 1) -> Iterator[Digests]:
-    """Take the digests while the body runs. What is not done when it ends is given up."""
+    """Take the digests while the body runs. What is not done when it ends is given up.
+
+    ModelError, before the body runs, if a file cannot be opened: the digests may be asked for much later.
+    """
     stop = Event()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
     try:
@@ -43,13 +49,33 @@ def digesting(paths: Iterable[Path], threads: int = 1) -> Iterator[Digests]:
 
 def _largest_first(paths: Iterable[Path]) -> list[Path]:
     """So that no thread is left with a large file at the end."""
-    return sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+    return sorted(paths, key=_openable_size, reverse=True)
+
+
+def _openable_size(path: Path) -> int:
+    """Bytes of a file that can be opened."""
+    with _reading(path), path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _sha256(path: Path, stop: Event) -> str:
     """Half a digest if it is told to stop: nobody asks for it then."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
+    with _reading(path), path.open("rb", buffering=0) as file:
         while not stop.is_set() and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """ModelError that names the file for what the system says below."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            "file cannot be read",
+            where=str(path),
+            found=error.strerror or str(error),
+            mend="It is missing, damaged or not yours to read: see its permissions and the disk.",
+        ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.checkpoint import open_checkpoint
 from converters.config_keys import shown
-from converters.errors import ModelError, UsageError
+from converters.errors import ModelError, TundishError, UsageError
 from converters.file_digest import sha256_of
 
 CONFIG = "config.json"
@@ -20,7 +21,7 @@ _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<commit
 FOLDER_RULE = "A name is a folder if there is one; otherwise owner/name is a Hub id and anything else a path."
 
 
-Stamp = Mapping[str, tuple[int, int, int]]  # by which a file is seen to have changed, see source_stamp
+Stamp = Mapping[str, tuple[int, int, int, int]]  # by which a file is seen to have changed, see source_stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +76,41 @@ def source_digest(folder: Path, threads: int = 1) -> dict[str, str]:
 
 
 def source_stamp(folder: Path) -> Stamp:
-    """What the file system says of each of source_files: bytes, nanosecond of the last change, which file it is."""
+    """What the file system says of each of source_files: bytes, nanosecond of the last writing, which file it is, and
+    nanosecond of the last change of either its contents or these, which no program can set back."""
     states = {name: path.stat() for name, path in source_files(folder).items()}
-    return {name: (state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states.items()}
+    return {name: (state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns) for name, state in states.items()}
 
 
 def require_unchanged(folder: Path, before: Stamp) -> None:
     """ModelError if a file of the checkpoint is not what it was when the stamp was taken."""
-    now = source_stamp(folder)
+    try:
+        now = source_stamp(folder)
+    except (OSError, ModelError) as error:  # it could be taken before
+        raise _changed(str(folder)) from error
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
-        raise ModelError(
-            "the checkpoint changed while it was read",
-            where=f"{', '.join(changed[:4])} in {folder}",
-            expected="files that stay as they are during a build",
-            found="a download or another program writes to them",
-            mend="Build again when the checkpoint is complete.",
-        )
+        raise _changed(f"{', '.join(changed[:4])} in {folder}")
+
+
+@contextmanager
+def blaming_changes(folder: Path, before: Stamp) -> Iterator[None]:
+    """Where the body fails over a checkpoint that is not what it was, ModelError says that and not what came of it."""
+    try:
+        yield
+    except (OSError, TundishError):
+        require_unchanged(folder, before)
+        raise
+
+
+def _changed(where: str) -> ModelError:
+    return ModelError(
+        "the checkpoint changed while it was read",
+        where=where,
+        expected="files that stay as they are until the artifacts are verified",
+        found="a download or another program changes them",
+        mend="Try again when the checkpoint is complete.",
+    )
 
 
 def _local(path: Path) -> Source:

@@ -15,7 +15,16 @@ from converters.errors import GateError, UsageError
 from converters.file_digest import digesting, sha256_of
 from converters.quantize.importance import random_token_importance
 from converters.quantize.tensor import F32
-from converters.source import Source, require_unchanged, resolve_source, source_digest, source_files, source_stamp
+from converters.source import (
+    Source,
+    Stamp,
+    blaming_changes,
+    require_unchanged,
+    resolve_source,
+    source_digest,
+    source_files,
+    source_stamp,
+)
 from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
 from tundish.disk import disk_errors
@@ -121,7 +130,8 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
-    with digesting(source_files(source.folder).values()) as inputs:
+    files = source_files(source.folder).values()
+    with blaming_changes(source.folder, stamp), digesting(files) as inputs:
         model = open_model(source, recipe)
         watcher.say("planning; kernels that were never used here are compiled")
         plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
@@ -140,6 +150,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
             results = None
             if choices.verify and recipe.verify.enabled:
                 results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
+                require_unchanged(source.folder, stamp)
             _record(manifest, results, folder, out)
             require_gates(manifest, results, folder, out)
             with deferred_signals():  # nobody shall be told of an interruption that nothing was published
@@ -226,10 +237,12 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
             mend="The folder was changed or damaged after it was built: build it again.",
         )
     recipe = _recorded_recipe(manifest, folder)
-    source = _recorded_source(manifest["source"], model, count)
-    opened = open_model(source, recipe)
+    source, stamp = _recorded_source(manifest["source"], model, count)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
-    results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
+    with blaming_changes(source.folder, stamp):
+        opened = open_model(source, recipe)
+        results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
+    require_unchanged(source.folder, stamp)
     _record(manifest, results, folder, folder)
     failures = failed_gates(results)
     if failures:
@@ -252,14 +265,15 @@ def _recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
     return recipe
 
 
-def _recorded_source(record: dict[str, Any], model: str | None, threads: int) -> Source:
-    """The checkpoint the manifest names, or --model; its files must be the recorded ones."""
+def _recorded_source(record: dict[str, Any], model: str | None, threads: int) -> tuple[Source, Stamp]:
+    """The checkpoint the manifest names, or --model; its files must be the recorded ones. And its stamp before."""
     if model is not None:
         source = find_source(model, None)
     elif record["repo_id"]:
         source = resolve_source(record["repo_id"], record["revision"])
     else:
         source = find_source(record["folder"] or SAMPLE, None)
+    stamp = source_stamp(source.folder)
     found = source_digest(source.folder, threads)
     differing = sorted(name for name in {**record["files"], **found} if found.get(name) != record["files"].get(name))
     if differing:
@@ -269,7 +283,7 @@ def _recorded_source(record: dict[str, Any], model: str | None, threads: int) ->
             found=f"other contents in {', '.join(differing[:4])}",
             mend="Give the checkpoint with --model.",
         )
-    return source
+    return source, stamp
 
 
 def cores() -> int:

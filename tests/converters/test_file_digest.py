@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from converters.errors import ModelError
 from converters.file_digest import digesting, sha256_of
 
 SIZES = [0, 1, 4096, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 12345]
@@ -40,5 +44,26 @@ def test_a_body_that_fails_does_not_wait_for_digests() -> None:
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ModelError, match=r"file cannot be read .*gone.*No such file"):
         sha256_of([tmp_path / "gone"])
+
+
+def test_a_file_that_may_not_be_read_is_named_before_the_work(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, open_path = files[2], Path.open
+
+    def open_unless_closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_unless_closed)  # root may read everything
+    with pytest.raises(ModelError, match=r"file cannot be read .*4096 bytes.*Permission denied"), digesting(files):
+        pytest.fail("the body ran")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_file_that_cannot_be_read_to_its_end_is_named(files: list[Path]) -> None:
+    with digesting([*files, Path("/proc/self/mem")]) as digests, pytest.raises(ModelError, match=r"/proc/self/mem"):
+        digests.result()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from converters.errors import ModelError, UsageError
-from converters.source import resolve_source, source_digest
+from converters.source import blaming_changes, require_unchanged, resolve_source, source_digest, source_stamp
 from tests.hub_server import Hub, Repo, serve
 
 REPO_ID = "acme/tiny-model"
@@ -217,3 +218,38 @@ def test_file_instead_of_folder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="model is a file"):
         resolve_source(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("change", ["overwritten, its time set back", "removed", "written beside"])
+def test_a_change_is_seen(tmp_path: Path, change: str) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(WEIGHTS)
+    (tmp_path / "config.json").write_bytes(b"{}")
+    stamp, times = source_stamp(tmp_path), weights.stat()
+    require_unchanged(tmp_path, stamp)
+    weights.read_bytes()
+    require_unchanged(tmp_path, stamp)
+    time.sleep(0.02)  # file systems tell times by the tick
+    if change == "removed":
+        weights.unlink()
+    elif change == "written beside":
+        (tmp_path / "generation_config.json").write_bytes(b"{}")
+    else:
+        with weights.open("r+b") as file:
+            file.write(WEIGHTS)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ModelError, match="the checkpoint changed while it was read"):
+        require_unchanged(tmp_path, stamp)
+
+
+def test_an_error_over_a_checkpoint_that_changed_says_that(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(WEIGHTS)
+    stamp = source_stamp(tmp_path)
+    for error in (ModelError("shorter than its header says"), OSError("gone"), ValueError("our mistake")):
+        with pytest.raises(type(error), match=str(error)), blaming_changes(tmp_path, stamp):
+            raise error
+    weights.unlink()
+    for error in (ModelError("shorter than its header says"), OSError("gone")):
+        with pytest.raises(ModelError, match="the checkpoint changed"), blaming_changes(tmp_path, stamp):
+            raise error

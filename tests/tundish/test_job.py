@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, LlamaFileType
 
+from converters.checkpoint import open_checkpoint
 from converters.errors import GateError, ModelError, ResourceError, UsageError
 from converters.source import Source
 from exporters.base import Target
@@ -186,25 +189,103 @@ def test_disk_is_asked_for_before_work_starts(
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("change", ["rewritten", "cut off", "removed"])
+@pytest.mark.parametrize("change", ["rewritten", "overwritten", "cut off", "removed"])
 def test_a_checkpoint_that_changes_while_it_is_read(checkpoint: Path, tmp_path: Path, change: str) -> None:
     moving, out = tmp_path / "moving", tmp_path / "out"
     shutil.copytree(checkpoint, moving)
     weights = max(moving.glob("*.safetensors"))  # the last shard
+    times = weights.stat()
 
     def spoil(elements: int) -> None:
         if change == "rewritten":
             weights.write_bytes(weights.read_bytes())
+        elif change == "overwritten":  # in place, and its time set back
+            with weights.open("r+b") as file:
+                file.write(weights.read_bytes())
+            os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
         elif change == "cut off":
-            weights.write_bytes(weights.read_bytes()[:-1])
+            os.truncate(weights, times.st_size - 1)
         else:
             weights.unlink(missing_ok=True)
 
     recipe = write_recipe(tmp_path / "r.yaml", moving, targets={"gguf": {}}, context=128)
     watcher = Watcher(QUIET.say, QUIET.start, spoil)
-    with pytest.raises(ModelError, match=r"changed while it was read|cut off|shorter than|no weights|cannot be read"):
+    with pytest.raises(ModelError, match="the checkpoint changed while it was read"):
         build(Choices(str(recipe), out=out, verify=False), watcher)
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("change", ["zeroed", "a shard removed", "the tokenizer removed"])
+def test_a_checkpoint_that_changes_while_it_is_verified(checkpoint: Path, tmp_path: Path, change: str) -> None:
+    moving, out = tmp_path / "moving", tmp_path / "out"
+    shutil.copytree(checkpoint, moving)
+    recipe = write_recipe(tmp_path / "r.yaml", moving, targets={"gguf": {}}, context=128)
+    build(Choices(str(recipe), out=out, verify=False), QUIET)
+    before = (out / "manifest.json").read_bytes()
+    weights, whole = max(moving.glob("*.safetensors")), tmp_path / "whole"
+    shutil.copytree(moving, whole)
+
+    def spoil(text: str) -> None:
+        if not text.startswith("reference:"):
+            return
+        if change == "zeroed":
+            weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+        else:
+            (weights if change == "a shard removed" else moving / "tokenizer.json").unlink()
+
+    watcher = Watcher(spoil, QUIET.start, QUIET.advance)
+    with pytest.raises(ModelError, match="the checkpoint changed while it was read"):
+        verify_again(out, None, None, watcher)
+    shutil.copytree(whole, moving, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="the checkpoint changed while it was read"):
+        build(Choices(str(recipe), out=out), watcher)
+    assert (out / "manifest.json").read_bytes() == before, "what was there stays"
+    assert not (tmp_path / "out.rejected").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_files_that_may_not_be_read(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the work starts, with the file's name."""
+    closed = checkpoint / "tokenizer_config.json"
+    out, open_path = tmp_path / "out", Path.open
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    build(Choices(str(recipe), out=out, verify=False), QUIET)
+
+    def open_unless_closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_unless_closed)  # root may read everything
+    with pytest.raises(ModelError, match=r"file cannot be read .*tokenizer_config\.json.*Permission denied"):
+        build(Choices(str(recipe), out=tmp_path / "new", verify=False), Watcher(QUIET.say, _no_start, QUIET.advance))
+    closed = out / "gguf" / "model.gguf"
+    with pytest.raises(ModelError, match=r"file cannot be read .*model\.gguf.*Permission denied"):
+        verify_again(out, None, None, QUIET)
+
+
+def _no_start(text: str, total: int) -> None:
+    pytest.fail("the pour began")
+
+
+@pytest.mark.parametrize("scheme", ["q4_k_m", "int4_g32"])
+def test_a_pruned_layer_is_calibrated_and_verified(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    pruned = tmp_path / "pruned"
+    shutil.copytree(checkpoint, pruned)
+    tensor = open_checkpoint(pruned)["model.layers.0.mlp.gate_up_proj.weight"]
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(bytes(tensor.nbytes))
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        pruned,
+        targets={"gguf": {}},
+        schemes={"default": scheme},
+        calibration={"source": "random-tokens", "tokens": 32},
+        verify={"text": {"sequences": 1, "length": 64}, "gates": {"kl": 2.0, "stops": False}},
+        context=128,
+    )
+    manifest = build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
+    assert gates(manifest, "gguf")["codes"]["passed"] and gates(manifest, "gguf")["kl"]["passed"]
 
 
 def test_an_unfinished_folder_that_is_taken_away(checkpoint: Path, tmp_path: Path) -> None:
