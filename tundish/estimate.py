@@ -116,11 +116,13 @@ def estimate_time(
     threads: int,
     calibration_tokens: int = 0,
     prepare: float = 0.0,
+    calibrated: bool | None = None,
 ) -> Time:
     """Measure, and multiply. The kernels have to be warm.
 
     `sources` are the checkpoint's files, `folder` lies on the disk of --out; nothing stays in it. `calibration_tokens`:
-    how many tokens the model reads beforehand, 0 for no calibration. `prepare`: the seconds it took to get that far.
+    how many tokens the model reads beforehand, 0 for none. `prepare`: the seconds it took to get that far.
+    `calibrated`: whether the quantizer will know importances; None: if the model reads tokens.
     ResourceError if nothing can be written.
     """
     outputs = [file.nbytes for layout in layouts.values() for file in layout.big.values()]
@@ -136,7 +138,8 @@ def estimate_time(
 
         read = _read_seconds(graph, threads, together)  # first: what is measured next brings rows into memory
         patience = _COMPUTE_SECONDS / len(kinds)
-        quantize = sum(_quantize_seconds(kind, layouts, calibration_tokens > 0, patience, together) for kind in kinds)
+        weighted = calibration_tokens > 0 if calibrated is None else calibrated
+        quantize = sum(_quantize_seconds(kind, layouts, weighted, patience, together) for kind in kinds)
         with disk_errors(folder):
             written, on_disk = _scratch_speeds(folder, threads, together)
         digest = _digest_speed(together)

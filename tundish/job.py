@@ -32,7 +32,7 @@ from tundish.estimate import estimate_time
 from tundish.manifest import build_manifest, verification_record
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
-from tundish.plan import Plan, calibration_tokens, disk_of, make_plan, shortage_of
+from tundish.plan import Plan, calibration_tokens, disk_of, is_calibrated, make_plan, shortage_of
 from tundish.pour import pour
 from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
 from tundish.recipe import Recipe, load_recipe, recipe_digest
@@ -105,7 +105,8 @@ def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
     if shortage is not None:
         return recipe, replace(plan, shortage=shortage)
     files, tokens = source_files(source.folder).values(), calibration_tokens(model.graph, recipe)
-    time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, tokens, prepare)
+    calibrated = is_calibrated(model.graph, recipe)
+    time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, tokens, prepare, calibrated)
     return recipe, replace(plan, time=time)
 
 
@@ -171,11 +172,23 @@ def _record(manifest: dict[str, Any], results: Sequence[TargetResult] | None, fo
 
 def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F32]:
     """Importance of each matrix's columns, as the recipe's calibration asks; empty without, or where all is floats."""
-    tokens = calibration_tokens(model.graph, recipe)
-    if not tokens:
+    if not is_calibrated(model.graph, recipe):
         return {}
+    if recipe.calibration.file is not None:
+        return _importance_file(recipe.calibration.file, model, watcher)
+    tokens = calibration_tokens(model.graph, recipe)
     watcher.say(f"calibrating: the model reads {tokens} random tokens")
     return random_token_importance(model.graph, tokens, recipe.calibration.seed)
+
+
+def _importance_file(name: str, model: Model, watcher: Watcher) -> Mapping[str, F32]:
+    """Importances from llama.cpp's importance matrix of this model."""
+    from converters.quantize.imatrix import read_imatrix
+    from exporters.gguf.importance import imatrix_importance
+
+    matrix = read_imatrix(Path(name).expanduser())
+    watcher.say(f"calibration: {name}, {len(matrix.means)} entries from {matrix.chunks} chunks of text")
+    return imatrix_importance(matrix, model.graph, name)
 
 
 class FailedGatesError(GateError):
@@ -220,24 +233,9 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
     """Check a published folder: its files' digests, then every gate anew. Updates its manifest and report."""
     count = threads or cores()
     manifest = read_manifest(folder)
-    recorded = {
-        f"{target}/{name}": record
-        for target, entry in manifest["targets"].items()
-        for name, record in entry["files"].items()
-    }
-    present = {name: folder / name for name in recorded if (folder / name).is_file()}
-    sha256 = sha256_of(present.values(), count)
-    damaged = [name for name in recorded if name not in present or sha256[present[name]] != recorded[name]["sha256"]]
-    damaged += sorted(files_in(folder) - recorded.keys() - {MANIFEST, REPORT})
-    if damaged:
-        raise GateError(
-            "files differ from the manifest",
-            where=str(folder),
-            found=", ".join(damaged[:5]) + (" …" if len(damaged) > 5 else ""),
-            mend="The folder was changed or damaged after it was built: build it again.",
-        )
-    recipe = _recorded_recipe(manifest, folder)
-    source, stamp = _recorded_source(manifest["source"], model, count)
+    require_undamaged(folder, manifest, count)
+    recipe = recorded_recipe(manifest, folder)
+    source, stamp = recorded_source(manifest["source"], model, count)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     with blaming_changes(source.folder, stamp):
         opened = open_model(source, recipe)
@@ -250,7 +248,27 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
     return manifest
 
 
-def _recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
+def require_undamaged(folder: Path, manifest: dict[str, Any], threads: int) -> None:
+    """GateError unless the folder has the files of its manifest, as they were built, and no others."""
+    recorded = {
+        f"{target}/{name}": record
+        for target, entry in manifest["targets"].items()
+        for name, record in entry["files"].items()
+    }
+    present = {name: folder / name for name in recorded if (folder / name).is_file()}
+    sha256 = sha256_of(present.values(), threads)
+    damaged = [name for name in recorded if name not in present or sha256[present[name]] != recorded[name]["sha256"]]
+    damaged += sorted(files_in(folder) - recorded.keys() - {MANIFEST, REPORT})
+    if damaged:
+        raise GateError(
+            "files differ from the manifest",
+            where=str(folder),
+            found=", ".join(damaged[:5]) + (" …" if len(damaged) > 5 else ""),
+            mend="The folder was changed or damaged after it was built: build it again.",
+        )
+
+
+def recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
     """The recipe in the manifest, as it was when the artifacts were built."""
     try:
         recipe = Recipe.model_validate(manifest["recipe"])
@@ -265,7 +283,7 @@ def _recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
     return recipe
 
 
-def _recorded_source(record: dict[str, Any], model: str | None, threads: int) -> tuple[Source, Stamp]:
+def recorded_source(record: dict[str, Any], model: str | None, threads: int) -> tuple[Source, Stamp]:
     """The checkpoint the manifest names, or --model; its files must be the recorded ones. And its stamp before."""
     if model is not None:
         source = find_source(model, None)

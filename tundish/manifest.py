@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from converters.file_digest import sha256_of
 from converters.source import Source, source_files
 from exporters.base import Model
 from tundish.manifest_file import FORMAT
@@ -42,6 +43,7 @@ def build_manifest(
         },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(recipe),
+        "calibration": _calibration(recipe),
         "context_length": model.context_length,
         "libraries": {name: version(name) for name in ("numpy", "numba", "gguf", "tokenizers")}
         | {"python": platform.python_version()},
@@ -64,6 +66,14 @@ def build_manifest(
         },
         "verification": None,
     }
+
+
+def _calibration(recipe: Recipe) -> dict[str, str] | None:
+    """Which importance matrix it was, since the recipe has but its name."""
+    if recipe.calibration.file is None:
+        return None
+    path = Path(recipe.calibration.file).expanduser()
+    return {"file": path.name, "sha256": sha256_of([path])[path]}
 
 
 def verification_record(results: Sequence[TargetResult]) -> dict[str, Any]:

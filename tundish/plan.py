@@ -25,7 +25,7 @@ from tundish.disk import disk_errors
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCKS_AHEAD, row_blocks
-from tundish.recipe import Recipe
+from tundish.recipe import CalibrationSource, Recipe
 from tundish.verify import LONG_TAIL, evaluation_shape, long_length
 
 # What a thread holds of a block at most, in bytes a number. All have the float32 rows beside those of the checkpoint or
@@ -93,23 +93,28 @@ def make_plan(
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES
-    calibrated = calibration_tokens(graph, recipe) > 0
+    calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
     compiling = perf_counter() - start
     held = own_memory() + _SLACK
     phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
-    if calibrated:
+    if calibration_tokens(graph, recipe):
         phases["calibration"] = held + _interpreter_bytes(graph, 1, recipe.calibration.tokens)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
     return Plan(layouts, rows, semantics, disk, phases, compiling=compiling)
 
 
+def is_calibrated(graph: Graph, recipe: Recipe) -> bool:
+    """Whether the quantizer gets importances: the recipe asks for them, and there is something to quantize."""
+    return recipe.calibration.is_on and any(weight.scheme.is_quantized for weight in graph.weights.values())
+
+
 def calibration_tokens(graph: Graph, recipe: Recipe) -> int:
     """How many tokens the model reads before its weights are quantized; 0 if none are, or the recipe asks for none."""
-    quantized = any(weight.scheme.is_quantized for weight in graph.weights.values())
-    return recipe.calibration.tokens if recipe.calibration.is_on and quantized else 0
+    reads = recipe.calibration.source is CalibrationSource.RANDOM_TOKENS
+    return recipe.calibration.tokens if reads and is_calibrated(graph, recipe) else 0
 
 
 def own_memory() -> int:

@@ -149,14 +149,19 @@ class CalibrationSource(StrEnum):
 
     NONE = "none"
     RANDOM_TOKENS = "random-tokens"
+    IMATRIX = "imatrix"
 
 
 class Calibration(_Part):
-    """How the quantizer weighs errors. `random-tokens` needs no text: see converters.quantize.importance."""
+    """How the quantizer weighs errors. `random-tokens` needs no text: see converters.quantize.importance. `imatrix`
+    takes what llama.cpp measured; a relative file is looked for from the working directory, like a model's folder."""
 
     source: CalibrationSource = CalibrationSource.NONE
     tokens: Count = 128
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    file: Text | None = Field(
+        default=None, description="llama.cpp's importance matrix of the model, for source imatrix; .gguf or .dat"
+    )
 
     @property
     def is_on(self) -> bool:
@@ -412,6 +417,15 @@ def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
             where = locate(located, ("verify", "required"))[0].where
             expected = "some of " + ", ".join(recipe.targets) + "; an inherited list is replaced by a new one"
             problems.append(Problem("required target that the recipe does not make", where, expected, target))
+    calibration = recipe.calibration
+    if (calibration.source is CalibrationSource.IMATRIX) != (calibration.file is not None):
+        key = "source" if calibration.file is None else "file"
+        where = locate(located, ("calibration", key))[0].where
+        if calibration.file is None:
+            problems.append(Problem("calibration by an importance matrix needs its file", where, "calibration.file"))
+        else:
+            expected = f"source {CalibrationSource.IMATRIX}"
+            problems.append(Problem("calibration.file is not used", where, expected, calibration.source))
     for target in recipe.targets:
         length = recipe.verify.for_target(target).text.length
         if recipe.context != "full" and length > recipe.context:

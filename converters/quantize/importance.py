@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters.errors import ModelError
 from converters.graph import Graph, Node
@@ -19,6 +20,16 @@ from converters.quantize.tensor import F32
 
 # Part of the mean that every column gets at least, so that one which random tokens leave silent keeps its numbers.
 _FLOOR = 0.01
+
+
+def importance_of(square: NDArray[np.floating]) -> F32:
+    """Importance f32[in] of columns from the mean squares of what comes in: mean 1, and a small floor.
+
+    Columns of a layer that gets only zeros, since another was pruned, matter alike.
+    """
+    mean = square.mean(dtype=np.float64)
+    importance: F32 = (square / mean + _FLOOR if mean else np.ones_like(square)).astype(np.float32)
+    return importance
 
 
 def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F32]:
@@ -34,16 +45,14 @@ def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F
             return
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
         square = np.mean(np.square(rows, dtype=np.float64), axis=0)
-        mean = square.mean()
-        if not np.isfinite(mean):
+        if not np.isfinite(square).all():
             raise ModelError(
                 "the model computes no finite values on random tokens",
                 where=f"input of {node.name}",
                 found="NaN or Inf",
                 mend="The checkpoint is damaged: download it again or use another.",
             )
-        # A pruned layer has inputs of zeros: its columns matter alike, to nobody.
-        counts = (square / mean + _FLOOR if mean else np.ones_like(square)).astype(np.float32)
+        counts = importance_of(square)
         for name in node.op.weights:
             importance[name] = counts
 

@@ -17,8 +17,12 @@ from gguf import GGUFReader, LlamaFileType
 
 from converters.checkpoint import open_checkpoint
 from converters.errors import GateError, ModelError, ResourceError, UsageError
+from converters.file_digest import sha256_of
+from converters.quantize.imatrix import write_imatrix
+from converters.quantize.importance import random_token_importance
 from converters.source import Source
 from exporters.base import Target
+from exporters.gguf.importance import imatrix_names
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, verify
@@ -158,6 +162,42 @@ def test_a_crash_and_a_hang_are_failed_gates(checkpoint: Path, tmp_path: Path) -
     impatient = impatient.model_copy(update={"verify": impatient.verify.model_copy(update={"time_limit": 1})})
     (hung,) = verify.verify(model, source, impatient, EXPORTERS, out, digests, 1, lambda text: None)
     assert "time limit of 1 s" in hung.gates[0].detail and hung.passed is False
+
+
+def test_an_importance_matrix_file(checkpoint: Path, tmp_path: Path) -> None:
+    """Means of what the model itself does on random tokens, in a file, make the artifact that these tokens make."""
+    calibration: dict[str, object] = {"source": "random-tokens", "tokens": 32}
+    changes: dict[str, Any] = {"targets": {"gguf": {}}, "context": 128, "schemes": INT4}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, calibration=calibration, **changes)
+    expected = build(Choices(str(recipe), out=tmp_path / "tokens", verify=False), QUIET)
+    graph = open_model(Source("tiny", checkpoint), load_recipe(recipe)).graph
+    # Without the floor that importances have, which reading the file adds; of fused parts one entry serves all.
+    means = {
+        imatrix_names(graph)[name][0]: values - np.float32(0.01)
+        for name, values in random_token_importance(graph, 32, 0).items()
+    }
+    for name, legacy in (("i.gguf", False), ("i.dat", True)):
+        write_imatrix(tmp_path / name, means, chunks=1, chunk_size=32, legacy=legacy)
+        calibration = {"source": "imatrix", "file": str(tmp_path / name)}
+        write_recipe(recipe, checkpoint, calibration=calibration, **changes)
+        manifest = build(Choices(str(recipe), out=tmp_path / f"{name}-out", verify=False), QUIET)
+        equal = [row["digest"] == expected["weights"][key].get("digest") for key, row in digests_of(manifest).items()]
+        assert np.mean(equal) > 0.9, "but for codes that a rounding error of the means decides"
+        assert manifest["calibration"] == {"file": name, "sha256": sha256_of([tmp_path / name])[tmp_path / name]}
+    plain = write_recipe(tmp_path / "r.yaml", checkpoint, **changes)
+    unweighted = digests_of(build(Choices(str(plain), out=tmp_path / "out", verify=False), QUIET))
+    changed = [name for name, row in unweighted.items() if row["digest"] != expected["weights"][name]["digest"]]
+    assert set(changed) == unweighted.keys() - {"embedding"}, "so that equal digests mean something"
+    write_imatrix(tmp_path / "i.gguf", {"blk.9.ffn_up.weight": means["blk.0.ffn_up.weight"]}, chunks=1, chunk_size=32)
+    calibration = {"source": "imatrix", "file": str(tmp_path / "i.gguf")}
+    write_recipe(recipe, checkpoint, calibration=calibration, **changes)
+    with pytest.raises(UsageError, match=r"of another model.*blk\.9\.ffn_up\.weight, which this model has not"):
+        build(Choices(str(recipe), out=tmp_path / "out2", verify=False), QUIET)
+    assert not (tmp_path / "out2").exists()
+
+
+def digests_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row for name, row in manifest["weights"].items() if "digest" in row}
 
 
 def test_a_missing_runtime(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,9 @@ def test_only_the_phases_of_the_build_count(checkpoint: Path, tmp_path: Path) ->
     assert set(make_plan(model, recipe, EXPORTERS, verified=False).phases) == {"pour"}
     model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, verify={"enabled": False})
     assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour", "calibration"}
+    matrix = {"source": "imatrix", "file": "i.gguf"}
+    model, recipe = opened(checkpoint, tmp_path, calibration=matrix, verify={"enabled": False})
+    assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour"}, "the model reads nothing"
     model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, schemes={"default": "fp16"})
     assert "calibration" not in make_plan(model, recipe, EXPORTERS).phases, "floats are not calibrated"
 

@@ -433,6 +433,14 @@ MISTAKES = {
         "wrong value for verify.required.1 (mine.yaml:15); expected 'gguf', 'onnx', 'openvino' or 'mlx'; "
         "found 'gguff'. Did you mean gguf?",
     ),
+    "an importance matrix without a file": (
+        GOOD + "calibration:\n  source: imatrix\n",
+        "calibration by an importance matrix needs its file (mine.yaml:13); expected calibration.file.",
+    ),
+    "a file that nothing reads": (
+        GOOD + "calibration:\n  source: random-tokens\n  file: i.gguf\n",
+        "calibration.file is not used (mine.yaml:14); expected source imatrix; found random-tokens.",
+    ),
     "required but not made": (
         GOOD + "verify:\n  required: [gguf, mlx]\n",
         "required target that the recipe does not make (mine.yaml:13); expected some of gguf, onnx; an inherited list "
