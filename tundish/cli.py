@@ -186,6 +186,38 @@ def verify(
 
 
 @app.command()
+def compare(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Builds, or artifacts of them such as dist/a/gguf.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The checkpoint they were made from. Default: the manifest's.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", min=1, help="Held-out texts to read. Default: as the first's recipe.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of each. Default: as the first's recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for compare.md, and compare.svg: size against KL.")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure artifacts of one checkpoint side by side: size, KL, perplexity, top-1 and speed, in their runtimes."""
+    from tundish import comparison
+
+    with watcher() as watching:
+        asked = comparison.Comparison(artifacts, model, sequences, length, out, threads)
+        document = comparison.compare(asked, watching.say)
+    show(document, as_json, _comparison_text)
+    failure = comparison.failure_of(document)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, a build, an artifact folder or a weight file.")],
     as_json: JsonOption = False,
@@ -345,6 +377,13 @@ def _summary(manifest: dict[str, Any]) -> str:
             head = [target, f"{entry['bytes']:,}"] if index == 0 else ["", ""]
             rows.append([*head, gate["name"], result, figure, threshold, gate["detail"]])
     return _columns(rows, frozenset({1, 4, 5}))
+
+
+def _comparison_text(document: dict[str, Any]) -> str:
+    from tundish.comparison import remarks, table_rows
+
+    rows = table_rows(document)
+    return "\n".join([_columns(rows, frozenset(range(1, len(rows[0])))), "", *remarks(document)])
 
 
 def _plan_text(document: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def verify(
     say: Callable[[str], None],
 ) -> tuple[TargetResult, ...]:
     """Verify artifacts/<target> for each target of the recipe, one runtime after the other."""
-    missing = {target: _missing_runtime(exporters[target]) for target in recipe.targets}
+    missing = {target: missing_runtime(exporters[target]) for target in recipe.targets}
     present = [target for target in recipe.targets if not missing[target]]
     results = {target: _not_verified(target, missing[target], recipe) for target in recipe.targets if missing[target]}
     with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
@@ -111,7 +111,8 @@ def verify(
     return tuple(results[target] for target in recipe.targets)
 
 
-def _missing_runtime(exporter: Exporter) -> list[str]:
+def missing_runtime(exporter: Exporter) -> list[str]:
+    """The import names that the artifact's runtime needs and that are not installed."""
     return [name for name in exporter.runtime_requires if importlib.util.find_spec(name.split(".")[0]) is None]
 
 
@@ -128,20 +129,20 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     """Token ids, held-out sequences and their float32 logits."""
     texts = (*TOKEN_CORPUS, *_special_texts(model))
     stream = held_out_ids(model)
-    sequences = _cut(stream, *evaluation_shape(recipe, model.context_length))
+    sequences = cut(stream, *evaluation_shape(recipe, model.context_length))
     long_sequences = None
     beyond = long_length(model)
     if beyond is not None:
-        long_sequences = _cut(np.resize(stream, max(len(stream), beyond)), 1, beyond)
+        long_sequences = cut(np.resize(stream, max(len(stream), beyond)), 1, beyond)
     return Reference(
         texts=texts,
         token_ids=_transformers_ids(source, texts, folder, threads),
         sequences=sequences,
-        logits=_reference_logits(model, sequences, folder, "reference"),
+        logits=reference_logits(model, sequences, folder, "reference"),
         long_sequences=long_sequences,
         long_logits=()
         if long_sequences is None
-        else _reference_logits(model, long_sequences, folder, "long-reference", LONG_TAIL),
+        else reference_logits(model, long_sequences, folder, "long-reference", LONG_TAIL),
     )
 
 
@@ -167,14 +168,15 @@ def held_out_ids(model: Model) -> NDArray[np.int64]:
     return np.array([token for text in ids for token in text], np.int64)
 
 
-def _cut(stream: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:
+def cut(stream: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:
+    """The stream's first tokens as i64[count, length]; ModelError if there are too few."""
     available = len(stream) // length
     if available < count:
         raise ModelError(
-            "the held-out text is too short for the recipe's evaluation",
+            "the held-out text is too short for the evaluation",
             expected=f"{count} sequences of {length} tokens",
             found=f"{available}",
-            mend="Lower verify.text in the recipe.",
+            mend="Lower verify.text in the recipe, or what --sequences and --length ask for.",
         )
     return stream[: count * length].reshape(count, length)
 
@@ -204,7 +206,7 @@ def _transformers_ids(
     return tuple(tuple(ids) for ids in json.loads(result.read_text(encoding="utf-8")))
 
 
-def _reference_logits(
+def reference_logits(
     model: Model, sequences: NDArray[np.int64], folder: Path, stem: str, tail: int | None = None
 ) -> tuple[Path, ...]:
     """Save float32 logits [length or tail, vocab] of each sequence; the head runs on one sequence at a time."""
@@ -275,7 +277,7 @@ def _verify_target(
     if "tokens" in events:
         results.append(_tokens_gate(gates, reference, events["tokens"]["ids"]))
     if "logits" in events:
-        divergence = _divergence(reference.logits, sequences, folder, "logits")
+        divergence = divergence_of(reference.logits, sequences, folder, "logits")
         if semantics.exact_from <= sequences.shape[1] <= semantics.exact_to:
             results += _logit_gates(gates, divergence)
         else:
@@ -340,7 +342,9 @@ def _tokens_gate(gates: Gates, reference: Reference, found: Sequence[Sequence[in
     return Gate("tokens", share <= gates.tokens, share, gates.tokens, detail)
 
 
-def _divergence(logits: Sequence[Path], sequences: NDArray[np.int64], folder: Path, stem: str) -> Divergence:
+def divergence_of(logits: Sequence[Path], sequences: NDArray[np.int64], folder: Path, stem: str) -> Divergence:
+    """Of the logits in folder/<stem>-<index>.npy from the reference's. They may be the last positions only."""
+
     def pairs() -> Iterator[tuple[F32, F32, NDArray[np.int64]]]:
         for index, ids in enumerate(sequences):
             found: F32 = np.load(folder / f"{stem}-{index}.npy", mmap_mode="r")
@@ -372,6 +376,6 @@ def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
 
 def _long_gate(gates: Gates, reference: Reference, folder: Path) -> Gate:
     assert reference.long_sequences is not None
-    divergence = _divergence(reference.long_logits, reference.long_sequences, folder, "long")
+    divergence = divergence_of(reference.long_logits, reference.long_sequences, folder, "long")
     detail = f"last {divergence.positions} positions of {reference.long_sequences.shape[1]}"
     return Gate(LONG_GATE, _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail)

@@ -197,6 +197,22 @@ def test_build_and_verify_as_json(tundish: Run, gguf_recipe: Path, tmp_path: Pat
     assert manifest["verification"]["gguf"]["passed"] is True
 
 
+def test_compare(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("matplotlib")
+    assert tundish("build", gguf_recipe, "--out", tmp_path / "out", "--no-verify").status == 0
+    text = tundish("compare", tmp_path / "out", "--length", 8)
+    assert text.status == 0, text.err
+    header, reference, row, empty, measured, speed = text.out.splitlines()
+    assert header.split()[0] == "artifact" and reference.startswith("float32 reference") and empty == ""
+    assert row.split()[0] == "out/gguf" and measured.endswith("1 sequences of 8 tokens.") and "tokens/s" in speed
+    as_json = tundish("compare", tmp_path / "out", "--length", 8, "--out", tmp_path / "cmp", "--json")
+    document = json.loads(as_json.out)
+    assert document["artifacts"][0]["kl_mean"] > 0
+    assert as_json.err.splitlines()[-1] == f"written: {tmp_path / 'cmp' / 'compare.md'}"
+    require_refusal(tundish("compare", tmp_path, "--json"), 2, "not a folder that tundish built")
+
+
 def test_summary_of_a_build(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> None:
     header, row = tundish("build", gguf_recipe, "--out", tmp_path / "out", "--no-verify").out.splitlines()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
