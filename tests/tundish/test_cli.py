@@ -365,25 +365,32 @@ def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_re
     assert not list(scratch.iterdir())
 
 
+INTERRUPTED = """
+import shutil, signal, sys
+from pathlib import Path
+from tundish import cli
+
+rmtree = shutil.rmtree
+
+def interrupted(folder, **options):
+    if Path(folder).name.startswith(".out."):  # others remove temporary folders too
+        signal.raise_signal(signal.SIGTERM)
+    rmtree(folder, **options)
+
+shutil.rmtree = interrupted
+cli.main()
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_signal_after_publishing_says_so(
-    tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = ["build", gguf_recipe, "--out", tmp_path / "out", "--no-verify"]
+def test_a_signal_after_publishing_says_so(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> None:
+    line = ["build", str(gguf_recipe), "--out", str(tmp_path / "out"), "--no-verify"]
     assert tundish(*line).status == 0
     before = (tmp_path / "out").stat().st_ino
-    rmtree = shutil.rmtree
-
-    def interrupted(folder: Path | str, **options: Any) -> None:
-        if Path(folder).name.startswith(".out."):  # others remove temporary folders too
-            signal.raise_signal(signal.SIGTERM)
-        rmtree(folder, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
-    ended = tundish(*line)
-    assert (ended.status, ended.out) == (143, "")
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, *line], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (143, "")
     told = [f"written: {tmp_path / 'out'}", "tundish: interrupted; the build had been published by then."]
-    assert ended.err.splitlines()[-2:] == told
+    assert ended.stderr.splitlines()[-2:] == told
     assert (tmp_path / "out").stat().st_ino != before and (tmp_path / "out" / "gguf" / "model.gguf").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "out"}
 
