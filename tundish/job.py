@@ -188,7 +188,11 @@ def _importance_file(name: str, model: Model, watcher: Watcher) -> Mapping[str, 
 
     matrix = read_imatrix(Path(name).expanduser())
     watcher.say(f"calibration: {name}, {len(matrix.means)} entries from {matrix.chunks} chunks of text")
-    return imatrix_importance(matrix, model.graph, name)
+    importance = imatrix_importance(matrix, model.graph, name)
+    absent = sorted({name for node in model.graph.nodes[-1:] for name in node.op.weights} - importance.keys())
+    if absent:
+        watcher.say(f"calibration: no entry for {', '.join(absent)}, whose columns count the same")
+    return importance
 
 
 class FailedGatesError(GateError):

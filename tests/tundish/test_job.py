@@ -184,6 +184,14 @@ def test_an_importance_matrix_file(checkpoint: Path, tmp_path: Path) -> None:
         equal = [row["digest"] == expected["weights"][key].get("digest") for key, row in digests_of(manifest).items()]
         assert np.mean(equal) > 0.9, "but for codes that a rounding error of the means decides"
         assert manifest["calibration"] == {"file": name, "sha256": sha256_of([tmp_path / name])[tmp_path / name]}
+    head = imatrix_names(graph)["lm_head"][0]
+    write_imatrix(tmp_path / "i.gguf", {name: means[name] for name in means if name != head}, chunks=1, chunk_size=32)
+    calibration = {"source": "imatrix", "file": str(tmp_path / "i.gguf")}
+    write_recipe(recipe, checkpoint, calibration=calibration, **changes)
+    said: list[str] = []
+    watcher = Watcher(said.append, QUIET.start, QUIET.advance)
+    build(Choices(str(recipe), out=tmp_path / "headless", verify=False), watcher)
+    assert "calibration: no entry for lm_head, whose columns count the same" in said
     plain = write_recipe(tmp_path / "r.yaml", checkpoint, **changes)
     unweighted = digests_of(build(Choices(str(plain), out=tmp_path / "out", verify=False), QUIET))
     changed = [name for name, row in unweighted.items() if row["digest"] != expected["weights"][name]["digest"]]
