@@ -21,7 +21,7 @@ import numpy as np
 from converters.quantize.half import to_fp16
 from converters.quantize.rtn_search import round_codes, search_asymmetric, search_symmetric
 from converters.quantize.scheme import Scheme
-from converters.quantize.tensor import F32, QuantTensor
+from converters.quantize.tensor import F16, F32, U8, QuantTensor
 
 _INT4_END = np.arange(-1.0, 2.1, 0.5)  # on 8: where the extreme value lands
 _INT4_PLAIN = 5  # of these are tried where all columns count the same: clipping more of the range gains nothing
@@ -43,18 +43,29 @@ def quantize_rtn(weight: F32, scheme: Scheme, importance: F32 | None = None) -> 
     assert scheme.is_integer and width % group == 0, (scheme.name, weight.shape)
     groups = np.ascontiguousarray(weight).reshape(rows, -1, group)
     counts = None if importance is None else np.ascontiguousarray(importance, np.float32).reshape(-1, group)
-    low = 1 if scheme.symmetric and scheme.bits == 8 else 0  # -128 is left out, as in Q8_0
+    stored, zero = choose_scales(groups, counts, scheme)
+    codes = round_codes(groups, stored.astype(np.float32), zero, lowest_code(scheme), (1 << scheme.bits) - 1)
+    return QuantTensor(codes.reshape(rows, width), stored, None if scheme.symmetric else zero, scheme.bits)
+
+
+def choose_scales(groups: F32, counts: F32 | None, scheme: Scheme) -> tuple[F16, U8]:
+    """Scales f16[rows, m] as they are stored and zeros u8[rows, m] for groups f32[rows, m, size].
+
+    counts: f32[m, size], positive: how much an error in each column counts. OverflowError if a scale does not fit fp16.
+    """
     top = (1 << scheme.bits) - 1
     if scheme.symmetric:
         middle = 1 << (scheme.bits - 1)
         steps, fine = _steps(scheme.bits, weighted=counts is not None)
-        scale = search_symmetric(groups, counts, steps, fine, low - middle, top - middle)
-        stored, zero = to_fp16(scale, weight), np.broadcast_to(np.uint8(middle), scale.shape)
-    else:
-        scale, zero = search_asymmetric(groups, counts, _SPANS, top)
-        stored = to_fp16(_round_significand(scale), weight)
-    codes = round_codes(groups, stored.astype(np.float32), zero, low, top)
-    return QuantTensor(codes.reshape(rows, width), stored, None if scheme.symmetric else zero, scheme.bits)
+        scale = search_symmetric(groups, counts, steps, fine, lowest_code(scheme) - middle, top - middle)
+        return to_fp16(scale, groups), np.broadcast_to(np.uint8(middle), scale.shape)
+    scale, zero = search_asymmetric(groups, counts, _SPANS, top)
+    return to_fp16(_round_significand(scale), groups), zero
+
+
+def lowest_code(scheme: Scheme) -> int:
+    """The least code that is used: -128 is left out, as in Q8_0."""
+    return 1 if scheme.symmetric and scheme.bits == 8 else 0
 
 
 def _steps(bits: int, weighted: bool) -> tuple[F32, F32]:
