@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -25,13 +26,19 @@ import psutil
 from converters.checkpoint import TensorSource
 from converters.graph import Graph, Weight
 from converters.interpret import interpret
-from converters.quantize.tensor import F32, U8
+from converters.ops import Linear
+from converters.quantize.block import quantize_rows
+from converters.quantize.sequential import fittable
+from converters.quantize.tensor import U8
 from exporters.base import Layout, Place, Target
 from tundish.big_file import BigFileWriter
+from tundish.calibrate import NOTHING, Reading
 from tundish.disk import disk_errors
 from tundish.pour import BLOCK_ELEMENTS, BLOCK_ROWS, pour_block, row_blocks
 
 _COMPUTE_SECONDS = 0.6  # for all kinds of work together, if two blocks of each take no longer
+_MEASURED_TOKENS = 1024
+_FIT_PASSES = 6  # products of a matrix and its Hessian while it is fitted
 _PIECES = 16  # of the checkpoint, of BLOCK_ELEMENTS numbers
 _WRITE_BYTES = 64 << 20
 _WRITE_CHUNK = 1 << 20
@@ -114,15 +121,15 @@ def estimate_time(
     sources: Iterable[Path],
     folder: Path,
     threads: int,
-    calibration_tokens: int = 0,
+    read: Reading = NOTHING,
     prepare: float = 0.0,
-    calibrated: bool | None = None,
+    calibrated: bool = False,
 ) -> Time:
     """Measure, and multiply. The kernels have to be warm.
 
-    `sources` are the checkpoint's files, `folder` lies on the disk of --out; nothing stays in it. `calibration_tokens`:
-    how many tokens the model reads beforehand, 0 for none. `prepare`: the seconds it took to get that far.
-    `calibrated`: whether the quantizer will know importances; None: if the model reads tokens.
+    `sources` are the checkpoint's files, `folder` lies on the disk of --out; nothing stays in it. `read`: what the
+    model reads for calibration. `prepare`: the seconds it took to get that far. `calibrated`: whether the quantizer
+    will know importances.
     ResourceError if nothing can be written.
     """
     outputs = [file.nbytes for layout in layouts.values() for file in layout.big.values()]
@@ -136,22 +143,21 @@ def estimate_time(
                 future.result()
             return perf_counter() - start
 
-        read = _read_seconds(graph, threads, together)  # first: what is measured next brings rows into memory
+        reading = _read_seconds(graph, threads, together)  # first: what is measured next brings rows into memory
         patience = _COMPUTE_SECONDS / len(kinds)
-        weighted = calibration_tokens > 0 if calibrated is None else calibrated
-        quantize = sum(_quantize_seconds(kind, layouts, weighted, patience, together) for kind in kinds)
+        quantize = sum(_quantize_seconds(kind, layouts, calibrated, patience, together) for kind in kinds)
         with disk_errors(folder):
             written, on_disk = _scratch_speeds(folder, threads, together)
         digest = _digest_speed(together)
-    calibrate = _calibration_seconds(graph, calibration_tokens) if calibration_tokens else 0.0
+    calibrate = _calibration_seconds(graph, read) if read.tokens else 0.0
     return Time(
         threads,
         prepare,
         calibrate,
-        read,
+        reading,
         quantize / threads,
         _write_seconds(sum(outputs), written, on_disk),
-        sum(inputs) * digest + _reread_seconds(sum(inputs), read, threads),
+        sum(inputs) * digest + _reread_seconds(sum(inputs), reading, threads),
         sum(outputs) * digest,
     )
 
@@ -171,8 +177,8 @@ def _first_block(weight: Weight, layouts: Mapping[Target, Layout]) -> int:
 
 def _pour(weight: Weight, rows: int, layouts: Mapping[Target, Layout], calibrated: bool) -> None:
     """The first rows, poured into nothing."""
-    importance: F32 | None = np.ones(weight.shape[-1], np.float32) if calibrated else None
-    pour_block((weight, 0, rows), layouts, importance, _write_nowhere)
+    importance = np.ones(weight.shape[-1], np.float32) if calibrated else None
+    pour_block((weight, 0, rows), layouts, partial(quantize_rows, importance=importance), _write_nowhere)
 
 
 def _write_nowhere(target: Target, place: Place, start: int, packed: U8) -> None:
@@ -262,10 +268,28 @@ def _digest_speed(together: Together) -> float:
     return together(lambda: hashlib.sha256(data).digest()) / _HASH_BYTES
 
 
-def _calibration_seconds(graph: Graph, tokens: int) -> float:
-    """Of the interpreter's reading: its first block, as often as there are blocks. The head is left out there too."""
-    token_ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (1, tokens))
+def _calibration_seconds(graph: Graph, read: Reading) -> float:
+    """Of the interpreter's reading: one sequence in its first block, as often as there are blocks and sequences. The
+    head is left out there too. Where layers are fitted two models read."""
+    token_ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (1, read.length))
     last = [node.name for node in graph.nodes if node.layer == 0][-1]
     start = perf_counter()
     interpret(graph, token_ids, stop_at=last)
-    return (perf_counter() - start) * graph.config.num_layers
+    seconds = (perf_counter() - start) * graph.config.num_layers * read.sequences
+    return 2 * seconds + _fit_seconds(graph, read.tokens) if read.fitted else seconds
+
+
+def _fit_seconds(graph: Graph, tokens: int) -> float:
+    """Of second moments and of fitting to them, which are products of matrices, from one such product."""
+    linear = [node.op.weights for node in graph.nodes if isinstance(node.op, Linear)]
+    fitted = {weight.name: weight for weight in fittable(graph)}
+    widths = [graph.weights[names[0]].shape[1] for names in linear if not fitted.keys().isdisjoint(names)]
+    sample = np.ones((_MEASURED_TOKENS, min(widths)), np.float32)
+    spent = []
+    for _ in range(3):
+        start = perf_counter()
+        sample.T @ sample
+        spent.append(perf_counter() - start)
+    products = sum(2 * tokens * width**2 for width in widths)  # of the model's inputs with themselves, and the floats'
+    products += _FIT_PASSES * sum(_elements(weight) * weight.shape[1] for weight in fitted.values())
+    return min(spent) * products / (sample.size * sample.shape[1])

@@ -3,7 +3,8 @@
 It is shipped, not taken from the Python library or the net: figures can be compared only if everybody measures on the
 same text, and Python's own prose (`pydoc_data.topics`) differs between Python versions. It was written for this purpose
 and lies under the project's licence, so no model, and no quantizer's calibration, has seen it before it was published
-here. Whoever calibrates takes other text; `pydoc_data.topics` shares none with this one, which a test checks.
+here. Whoever calibrates takes other text: `pydoc_data.topics` shares none with this one, which a test checks, and
+`calibration_text` refuses text that does.
 
 The passages change register often (tales, explanations, talk, instructions, minutes, code, tables, sums), since a
 recipe takes as many tokens from the beginning as it can afford. Passages in other languages come last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -13,8 +13,6 @@ from pydantic import ValidationError
 
 from converters.errors import GateError, UsageError
 from converters.file_digest import digesting, sha256_of
-from converters.quantize.importance import random_token_importance
-from converters.quantize.tensor import F32
 from converters.source import (
     Source,
     Stamp,
@@ -25,14 +23,15 @@ from converters.source import (
     source_files,
     source_stamp,
 )
-from exporters.base import Model, Target
+from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.calibrate import calibrate, is_calibrated, reading
 from tundish.disk import disk_errors
 from tundish.estimate import estimate_time
 from tundish.manifest import build_manifest, verification_record
 from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
 from tundish.model import SAMPLE, find_source, open_model
-from tundish.plan import Plan, calibration_tokens, disk_of, is_calibrated, make_plan, shortage_of
+from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import pour
 from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
 from tundish.recipe import Recipe, load_recipe, recipe_digest
@@ -104,9 +103,9 @@ def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
     shortage = shortage_of(plan, out)
     if shortage is not None:
         return recipe, replace(plan, shortage=shortage)
-    files, tokens = source_files(source.folder).values(), calibration_tokens(model.graph, recipe)
+    files, read = source_files(source.folder).values(), reading(model, recipe)
     calibrated = is_calibrated(model.graph, recipe)
-    time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, tokens, prepare, calibrated)
+    time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, read, prepare, calibrated)
     return recipe, replace(plan, time=time)
 
 
@@ -140,11 +139,12 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
         if shortage is not None:
             raise shortage
         with staging(out) as folder:
-            importance = calibrate(model, recipe, watcher)
-            watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-            poured = pour(model.graph, plan.layouts, folder, watcher.advance, importance, threads)
+            with staging(out) as scratch:
+                calibrated = calibrate(model, recipe, scratch, watcher.say, watcher.start, watcher.advance)
+                watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
+                poured = pour(model.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
             require_unchanged(source.folder, stamp)
-            manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured)
+            manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
             require_unchanged(source.folder, stamp)
             with disk_errors(out):
                 write_manifest(folder, manifest)
@@ -168,31 +168,6 @@ def _record(manifest: dict[str, Any], results: Sequence[TargetResult] | None, fo
     with disk_errors(out):
         write_manifest(folder, manifest)
         (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
-
-
-def calibrate(model: Model, recipe: Recipe, watcher: Watcher) -> Mapping[str, F32]:
-    """Importance of each matrix's columns, as the recipe's calibration asks; empty without, or where all is floats."""
-    if not is_calibrated(model.graph, recipe):
-        return {}
-    if recipe.calibration.file is not None:
-        return _importance_file(recipe.calibration.file, model, watcher)
-    tokens = calibration_tokens(model.graph, recipe)
-    watcher.say(f"calibrating: the model reads {tokens} random tokens")
-    return random_token_importance(model.graph, tokens, recipe.calibration.seed)
-
-
-def _importance_file(name: str, model: Model, watcher: Watcher) -> Mapping[str, F32]:
-    """Importances from llama.cpp's importance matrix of this model."""
-    from converters.quantize.imatrix import read_imatrix
-    from exporters.gguf.importance import imatrix_importance
-
-    matrix = read_imatrix(Path(name).expanduser())
-    watcher.say(f"calibration: {name}, {len(matrix.means)} entries from {matrix.chunks} chunks of text")
-    importance = imatrix_importance(matrix, model.graph, name)
-    absent = sorted({name for node in model.graph.nodes[-1:] for name in node.op.weights} - importance.keys())
-    if absent:
-        watcher.say(f"calibration: no entry for {', '.join(absent)}, whose columns count the same")
-    return importance
 
 
 class FailedGatesError(GateError):

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.file_digest import sha256_of
 from converters.source import Source, source_files
 from exporters.base import Model
 from tundish.manifest_file import FORMAT
@@ -21,9 +20,16 @@ from tundish.verify import TargetResult
 
 
 def build_manifest(
-    source: Source, read: Mapping[Path, str], model: Model, recipe: Recipe, plan: Plan, poured: Poured
+    source: Source,
+    read: Mapping[Path, str],
+    model: Model,
+    recipe: Recipe,
+    plan: Plan,
+    poured: Poured,
+    calibration: Mapping[str, str | int] | None,
 ) -> dict[str, Any]:
-    """The manifest of freshly poured artifacts, not yet verified. `read`: SHA-256 of the source's files, in hex."""
+    """The manifest of freshly poured artifacts, not yet verified. `read`: SHA-256 of the source's files, in hex;
+    `calibration`: what the quantizer learned from."""
     nbytes = {
         target: {name: file.nbytes for name, file in layout.big.items()}
         | {name: len(data) for name, data in layout.small.items()}
@@ -43,7 +49,7 @@ def build_manifest(
         },
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(recipe),
-        "calibration": _calibration(recipe),
+        "calibration": None if calibration is None else dict(calibration),
         "context_length": model.context_length,
         "libraries": {name: version(name) for name in ("numpy", "numba", "gguf", "tokenizers")}
         | {"python": platform.python_version()},
@@ -66,14 +72,6 @@ def build_manifest(
         },
         "verification": None,
     }
-
-
-def _calibration(recipe: Recipe) -> dict[str, str] | None:
-    """Which importance matrix it was, since the recipe has but its name."""
-    if recipe.calibration.file is None:
-        return None
-    path = Path(recipe.calibration.file).expanduser()
-    return {"file": path.name, "sha256": sha256_of([path])[path]}
 
 
 def verification_record(results: Sequence[TargetResult]) -> dict[str, Any]:

@@ -19,13 +19,15 @@ from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
 from converters.ops import MAX_SCORES, MAX_WEIGHTS
 from converters.passes.assign import requested_scheme
 from converters.quantize.scheme import NumberType
+from converters.quantize.sequential import fittable
 from exporters.base import Exporter, Layout, Model, Semantics, Target
 from tundish.big_file import KEPT
+from tundish.calibrate import FIT_ELEMENTS, Reading, is_calibrated, reading, warm_up_fit
 from tundish.disk import disk_errors
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCKS_AHEAD, row_blocks
-from tundish.recipe import CalibrationSource, Recipe
+from tundish.recipe import Recipe
 from tundish.verify import LONG_TAIL, evaluation_shape, long_length
 
 # What a thread holds of a block at most, in bytes a number. All have the float32 rows beside those of the checkpoint or
@@ -34,6 +36,8 @@ _INTEGER_BLOCK = 9
 _GGML_BLOCK = 12
 _FLOAT_BLOCK = 16
 _LIVE_ACTIVATIONS = 4
+_FIT_MATRICES, _FIT_HESSIANS = 5, 6  # float32 arrays of a matrix's shape and of its Hessian's while it is fitted
+_ARRAY_HEADER = 128  # bytes of a .npy file's
 _LIVE_LOGITS = 5  # float64 arrays while ROWS positions are compared
 _TOKENIZER_ENTRY = 1280  # bytes of the tokenizers library for an entry of the vocabulary
 _SLACK = 16 << 20  # what the allocator keeps of the memory that arrays had
@@ -92,29 +96,21 @@ def make_plan(
         semantics[target] = exporter.semantics(model, options)
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
-    disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES
+    read = reading(model, recipe)
+    disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + _kept_bytes(graph, read)
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
+    if read.fitted:
+        warm_up_fit(graph)
     compiling = perf_counter() - start
     held = own_memory() + _SLACK
     phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
-    if calibration_tokens(graph, recipe):
-        phases["calibration"] = held + _interpreter_bytes(graph, 1, recipe.calibration.tokens)
+    if read.tokens:
+        phases["calibration"] = held + _calibration_bytes(graph, read)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
     return Plan(layouts, rows, semantics, disk, phases, compiling=compiling)
-
-
-def is_calibrated(graph: Graph, recipe: Recipe) -> bool:
-    """Whether the quantizer gets importances: the recipe asks for them, and there is something to quantize."""
-    return recipe.calibration.is_on and any(weight.scheme.is_quantized for weight in graph.weights.values())
-
-
-def calibration_tokens(graph: Graph, recipe: Recipe) -> int:
-    """How many tokens the model reads before its weights are quantized; 0 if none are, or the recipe asks for none."""
-    reads = recipe.calibration.source is CalibrationSource.RANDOM_TOKENS
-    return recipe.calibration.tokens if reads and is_calibrated(graph, recipe) else 0
 
 
 def own_memory() -> int:
@@ -142,6 +138,48 @@ def _block_bytes(weight: Weight, layouts: Mapping[Target, Layout]) -> int:
     kinds = {NumberType.INT: _INTEGER_BLOCK, NumberType.GGML: _GGML_BLOCK}
     row = math.prod(weight.shape[1:]) * kinds.get(weight.scheme.type, _FLOAT_BLOCK)
     return (stop - start) * (row + BLOCKS_AHEAD * sum(place.row_nbytes for place in places))
+
+
+def _kept_bytes(graph: Graph, read: Reading) -> int:
+    """Of the codes, scales and zeros that wait beside the output for the pour, where layers are fitted."""
+    if not read.fitted:
+        return 0
+    kept = 0
+    for weight in fittable(graph):
+        rows, width = weight.shape
+        groups = width // weight.scheme.group_size_for(width)
+        kept += rows * (width + groups * (2 if weight.scheme.symmetric else 3)) + 3 * _ARRAY_HEADER
+    return kept
+
+
+def _calibration_bytes(graph: Graph, read: Reading) -> int:
+    """What the model holds while it reads: everything of a sequence, or the values of all of them that still matter
+    and what a matrix is fitted with."""
+    alone = _interpreter_bytes(graph, 1, read.length)
+    if not read.together:
+        return alone
+    tokenizer = graph.config.vocab_size * _TOKENIZER_ENTRY
+    activations = 4 * read.tokens * _widest_moment(graph)
+    if not read.fitted:
+        return tokenizer + activations + alone
+    fits = [
+        4 * (_FIT_MATRICES * min(rows * width, max(FIT_ELEMENTS, width)) + _FIT_HESSIANS * width**2) + rows * width
+        for rows, width in (weight.shape for weight in fittable(graph))
+    ]
+    return tokenizer + 2 * activations + max(alone, max(fits))
+
+
+def _widest_moment(graph: Graph) -> int:
+    """Most features of a token that are held at once, while a node is computed from those that still matter."""
+    shapes = infer_shapes(graph, 1, 1)
+    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    live: set[str] = set()
+    widest = 0
+    for index, node in enumerate(graph.nodes[:-1]):
+        live.add(node.name)
+        widest = max(widest, sum(shapes[name][-1] for name in live))
+        live -= {name for name in node.inputs if last_use[name] == index}
+    return widest
 
 
 def _verify_phases(model: Model, recipe: Recipe) -> dict[str, int]:
@@ -215,5 +253,7 @@ def shortage_of(plan: Plan, out: Path) -> ResourceError | None:
     available = psutil.virtual_memory().available + own_memory()  # the plan counts what this process holds already
     if available < plan.memory:
         mend = "Use fewer --threads, or verify on a larger machine: --no-verify needs less."
+        if plan.memory == plan.phases.get("calibration"):
+            mend = "Lower calibration.sequences or calibration.length: the values of all their tokens are in memory."
         return ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)
     return None

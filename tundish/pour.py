@@ -21,7 +21,7 @@ import numpy as np
 
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
-from converters.quantize.tensor import F32, U8
+from converters.quantize.tensor import U8, Tensor
 from exporters.base import Layout, Place, Target
 from tundish.big_file import BigFileWriter
 from tundish.digest import LEAF_ROWS, leaf_digests, matrix_digest
@@ -35,6 +35,7 @@ BLOCKS_AHEAD = 3  # blocks a thread that are being packed or are packed and not 
 
 Block = tuple[Weight, int, int]  # rows [start, stop) of a weight
 Packed = tuple[bytes, list[Future[None]]]  # digests of a block's leaves, and its writes
+Quantize = Callable[[Weight, int, int], Tensor]  # rows [start, stop) of a weight under its scheme
 Write = Callable[[Target, Place, int, U8], None]  # of packed rows, the first of which is that row of the weight
 
 
@@ -51,17 +52,15 @@ def pour(
     layouts: Mapping[Target, Layout],
     folder: Path,
     advance: Callable[[int], None] = lambda elements: None,
-    importance: Mapping[str, F32] | None = None,
+    quantize: Quantize = quantize_rows,
     threads: int = 1,
 ) -> Poured:
     """Write every artifact into folder/<target> and return its digests.
 
     Verification reads the artifacts back and expects the same digests of matrices. `advance` is called with the number
-    of elements done. `importance` is f32[in] by weight name, where the quantizer shall know it. The first error stops
-    every thread.
+    of elements done. `quantize` gives the same rows whenever it is asked. The first error stops every thread.
     """
     leaves: dict[str, list[bytes]] = {}
-    counts = importance or {}
     with disk_errors(folder), ExitStack() as stack:
         files = {
             (target, name): stack.enter_context(_create(folder / target / name, layout, name, graph))
@@ -78,7 +77,7 @@ def pour(
                 offset = place.offset + start * place.row_nbytes
                 writes.append(writers.submit(files[target, place.file].write, packed.data, offset))
 
-            return pour_block(block, layouts, counts.get(block[0].name), write), writes
+            return pour_block(block, layouts, quantize, write), writes
 
         def finish(packed: Future[Packed]) -> bytes:
             digests, writes = packed.result()
@@ -146,10 +145,10 @@ def _in_order(
         yield first, finish(future)
 
 
-def pour_block(block: Block, layouts: Mapping[Target, Layout], importance: F32 | None, write: Write) -> bytes:
+def pour_block(block: Block, layouts: Mapping[Target, Layout], quantize: Quantize, write: Write) -> bytes:
     """Read, quantize, pack and write one block; returns the digests of its leaves."""
     weight, start, stop = block
-    tensor = quantize_rows(weight, start, stop, importance)
+    tensor = quantize(weight, start, stop)
     for target, layout in layouts.items():
         for place in layout.places[weight.name]:
             packed = np.ascontiguousarray(place.pack(tensor)).reshape(-1).view(np.uint8)

@@ -145,19 +145,27 @@ class Schemes(_Part):
 
 
 class CalibrationSource(StrEnum):
-    """What the model is shown so that the quantizer learns which input columns matter."""
+    """What the model is shown so that the quantizer learns which errors matter."""
 
     NONE = "none"
     RANDOM_TOKENS = "random-tokens"
+    TEXT = "text"
     IMATRIX = "imatrix"
 
 
 class Calibration(_Part):
-    """How the quantizer weighs errors. `random-tokens` needs no text: see converters.quantize.importance. `imatrix`
-    takes what llama.cpp measured; a relative file is looked for from the working directory, like a model's folder."""
+    """What the quantizer learns from.
+
+    `random-tokens` needs no text: see converters.quantize.importance. `text` reads sequences of a file's or a folder's
+    text, by default Python's own documentation. `imatrix` takes what llama.cpp measured. A relative file is looked for
+    from the working directory, like a model's folder.
+    """
 
     source: CalibrationSource = CalibrationSource.NONE
-    tokens: Count = 128
+    tokens: Count = Field(default=128, description="of random-tokens")
+    text: Text | None = Field(default=None, description="a file, or a folder of .txt and .md files; default: built in")
+    sequences: Count = Field(default=64, description="of text")
+    length: Count = Field(default=512, description="tokens of each sequence of text")
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
     file: Text | None = Field(
         default=None, description="llama.cpp's importance matrix of the model, for source imatrix; .gguf or .dat"
@@ -167,6 +175,13 @@ class Calibration(_Part):
     def is_on(self) -> bool:
         """Whether the quantizer gets an importance of each column."""
         return self.source is not CalibrationSource.NONE
+
+
+class Method(StrEnum):
+    """How the codes of an integer scheme are chosen. Other schemes round to nearest, with importances if calibrated."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
 
 
 class Evaluation(_Part):
@@ -278,6 +293,9 @@ class Recipe(_Part):
     model: ModelSource
     context: Count | Literal["full"] = Field(description="context length in tokens, at most the model's; or 'full'")
     schemes: Schemes
+    method: Method = Field(
+        default=Method.RTN, description="rtn: round to nearest; gptq: fit each layer's output on calibration text"
+    )
     calibration: Calibration = Calibration()
     targets: Annotated[
         Mapping[Target, SerializeAsAny[TargetOptions]],
@@ -417,15 +435,6 @@ def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
             where = locate(located, ("verify", "required"))[0].where
             expected = "some of " + ", ".join(recipe.targets) + "; an inherited list is replaced by a new one"
             problems.append(Problem("required target that the recipe does not make", where, expected, target))
-    calibration = recipe.calibration
-    if (calibration.source is CalibrationSource.IMATRIX) != (calibration.file is not None):
-        key = "source" if calibration.file is None else "file"
-        where = locate(located, ("calibration", key))[0].where
-        if calibration.file is None:
-            problems.append(Problem("calibration by an importance matrix needs its file", where, "calibration.file"))
-        else:
-            expected = f"source {CalibrationSource.IMATRIX}"
-            problems.append(Problem("calibration.file is not used", where, expected, calibration.source))
     for target in recipe.targets:
         length = recipe.verify.for_target(target).text.length
         if recipe.context != "full" and length > recipe.context:
@@ -434,6 +443,23 @@ def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
             where = locate(located, own if overridden else ("verify", "text", "length"))[0].where
             expected = f"at most the context, {recipe.context} tokens"
             problems.append(Problem("evaluation text longer than the context", where, expected, str(length)))
+    return problems + _calibration_contradictions(recipe, located)
+
+
+def _calibration_contradictions(recipe: Recipe, located: Located) -> list[Problem]:
+    calibration, problems = recipe.calibration, []
+    source = calibration.source
+    if source is CalibrationSource.IMATRIX and calibration.file is None:
+        where = locate(located, ("calibration", "source"))[0].where
+        problems.append(Problem("calibration by an importance matrix needs its file", where, "calibration.file"))
+    readers = {"file": CalibrationSource.IMATRIX, "text": CalibrationSource.TEXT}
+    for key, reader in readers.items():
+        if getattr(calibration, key) is not None and source is not reader:
+            where = locate(located, ("calibration", key))[0].where
+            problems.append(Problem(f"calibration.{key} is not used", where, f"source {reader}", source))
+    if recipe.method is Method.GPTQ and source is not CalibrationSource.TEXT:
+        where = locate(located, ("method",))[0].where
+        problems.append(Problem("gptq needs text to learn from", where, "calibration: {source: text}", source))
     return problems
 
 

@@ -21,17 +21,7 @@ def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None 
 
     importance: f32[in] of the weight's columns, for schemes that are quantized.
     """
-    values, finite = widen(weight.source.read(start, stop))
-    if not finite:
-        bad = np.argwhere(~np.isfinite(values))[0]
-        at = [int(bad[0]) + start, *map(int, bad[1:])]
-        raise ModelError(
-            "weights contain NaN or Inf",
-            where=f"{_place(weight)}, element {at}",
-            expected="finite numbers",
-            found=str(values[tuple(bad)]),
-            mend="The checkpoint is damaged or its training diverged: download it again or use another.",
-        )
+    values = read_rows(weight, start, stop)
     if weight.scheme.is_quantized:
         try:
             return _quantize(values, weight.scheme, importance)
@@ -43,6 +33,22 @@ def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None 
                 mend="The checkpoint is damaged, or its weights need fp32 for this role.",
             ) from error
     return _cast(weight, values, weight.scheme)
+
+
+def read_rows(weight: Weight, start: int, stop: int) -> F32:
+    """The checkpoint's numbers f32[stop - start, ...]; ModelError if some are NaN or Inf."""
+    values, finite = widen(weight.source.read(start, stop))
+    if not finite:
+        bad = np.argwhere(~np.isfinite(values))[0]
+        at = [int(bad[0]) + start, *map(int, bad[1:])]
+        raise ModelError(
+            "weights contain NaN or Inf",
+            where=f"{_place(weight)}, element {at}",
+            expected="finite numbers",
+            found=str(values[tuple(bad)]),
+            mend="The checkpoint is damaged or its training diverged: download it again or use another.",
+        )
+    return values
 
 
 def _quantize(values: F32, scheme: Scheme, importance: F32 | None) -> QuantTensor | GgmlTensor:

@@ -32,6 +32,19 @@ def importance_of(square: NDArray[np.floating]) -> F32:
     return importance
 
 
+def importance_at(node: Node, square: NDArray[np.floating], read: str) -> F32:
+    """Importance f32[in] of the columns that come into a node. ModelError names it if their mean squares
+    are not finite; `read` is what the model was shown."""
+    if not np.isfinite(square).all():
+        raise ModelError(
+            f"the model computes no finite values on {read}",
+            where=f"input of {node.name}",
+            found="NaN or Inf",
+            mend="The checkpoint is damaged: download it again or use another.",
+        )
+    return importance_of(square)
+
+
 def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F32]:
     """Importance f32[in] of each matrix that a Linear uses, by weight name, with mean 1 and a small floor.
 
@@ -45,14 +58,7 @@ def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F
             return
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
         square = np.mean(np.square(rows, dtype=np.float64), axis=0)
-        if not np.isfinite(square).all():
-            raise ModelError(
-                "the model computes no finite values on random tokens",
-                where=f"input of {node.name}",
-                found="NaN or Inf",
-                mend="The checkpoint is damaged: download it again or use another.",
-            )
-        counts = importance_of(square)
+        counts = importance_at(node, square, "random tokens")
         for name in node.op.weights:
             importance[name] = counts
 

@@ -13,6 +13,7 @@ import pytest
 
 from converters.errors import ModelError, ResourceError
 from converters.graph import Graph
+from converters.quantize.sequential import fittable
 from converters.source import Source, source_files
 from exporters.base import Layout, Model, Target
 from exporters.registry import EXPORTERS
@@ -20,6 +21,7 @@ from tests.converters.arrays import ArraySource
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import estimate, pour
 from tundish.big_file import BigFileWriter
+from tundish.calibrate import Reading
 from tundish.estimate import Time, estimate_time, kinds_of_work, warm_up
 from tundish.model import open_model
 from tundish.plan import make_plan
@@ -52,7 +54,8 @@ def test_every_part_is_measured_and_the_folder_left_as_it_was(
     model, layouts = opened
     (tmp_path / "mine").write_text("x")
     files = source_files(checkpoint).values()
-    spent = estimate_time(model.graph, layouts, files, tmp_path, threads, calibration_tokens=8, prepare=1)
+    read = Reading(1, 8)
+    spent = estimate_time(model.graph, layouts, files, tmp_path, threads, read, prepare=1, calibrated=True)
     assert all(part > 0 for name, part in spent.parts().items() if name != "quantize")
     assert spent.quantize >= 0
     assert estimate_time(model.graph, layouts, files, tmp_path, threads).calibrate == 0
@@ -121,6 +124,26 @@ def test_what_is_measured_is_multiplied(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=99))
     without_room = estimate_time(model.graph, layouts, [source], tmp_path, 1)
     assert without_room.source == pytest.approx(spent.source + without_room.read), "the checkpoint is read again"
+
+
+def test_a_model_that_is_fitted_reads_each_sequence_twice_and_multiplies(
+    opened: tuple[Model, dict[Target, Layout]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where a block takes one second, and a product of second moments another."""
+    model, layouts = opened
+    ticks = itertools.count()
+    monkeypatch.setattr(estimate, "perf_counter", lambda: float(next(ticks)))
+
+    def calibrate(read: Reading) -> float:
+        return estimate_time(model.graph, layouts, [], tmp_path, 1, read, calibrated=True).calibrate
+
+    layers = model.graph.config.num_layers
+    assert calibrate(Reading(1, 16)) == layers and calibrate(Reading(3, 16, together=True)) == 3 * layers
+    # Second moments of both models' inputs: 64 wide for qkv, output and mlp, 96 wide for down, once more for the head.
+    moments = 2 * 48 * (layers * (3 * 64**2 + 96**2) + 64**2)
+    matrices = sum(math.prod(weight.shape) * weight.shape[1] for weight in fittable(model.graph))
+    fitting = (moments + 6 * matrices) / (1024 * 64**2)
+    assert calibrate(Reading(3, 16, together=True, fitted=True)) == pytest.approx(6 * layers + fitting)
 
 
 def test_a_nearly_full_disk_is_not_filled(

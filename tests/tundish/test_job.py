@@ -183,7 +183,8 @@ def test_an_importance_matrix_file(checkpoint: Path, tmp_path: Path) -> None:
         manifest = build(Choices(str(recipe), out=tmp_path / f"{name}-out", verify=False), QUIET)
         equal = [row["digest"] == expected["weights"][key].get("digest") for key, row in digests_of(manifest).items()]
         assert np.mean(equal) > 0.9, "but for codes that a rounding error of the means decides"
-        assert manifest["calibration"] == {"file": name, "sha256": sha256_of([tmp_path / name])[tmp_path / name]}
+        digest = sha256_of([tmp_path / name])[tmp_path / name]
+        assert manifest["calibration"] == {"source": "imatrix", "file": name, "sha256": digest}
     head = imatrix_names(graph)["lm_head"][0]
     write_imatrix(tmp_path / "i.gguf", {name: means[name] for name in means if name != head}, chunks=1, chunk_size=32)
     calibration = {"source": "imatrix", "file": str(tmp_path / "i.gguf")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, write_recipe
 from tundish.job import Choices, plan_job
 from tundish.model import open_model
-from tundish.plan import make_plan, own_memory, shortage_of
+from tundish.plan import Plan, make_plan, own_memory, shortage_of
 from tundish.recipe import Recipe, load_recipe
 
 CALIBRATED = {"source": "random-tokens", "tokens": 16}
@@ -38,6 +39,40 @@ def test_only_the_phases_of_the_build_count(checkpoint: Path, tmp_path: Path) ->
     assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour"}, "the model reads nothing"
     model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, schemes={"default": "fp16"})
     assert "calibration" not in make_plan(model, recipe, EXPORTERS).phases, "floats are not calibrated"
+
+
+def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: Path, tmp_path: Path) -> None:
+    def planned(method: str, sequences: int) -> Plan:
+        calibration = {"source": "text", "sequences": sequences, "length": 64}
+        model, recipe = opened(checkpoint, tmp_path, calibration=calibration, method=method, verify={"enabled": False})
+        return make_plan(model, recipe, EXPORTERS)
+
+    def grown(method: str) -> int:
+        many, few = planned(method, 2001), planned(method, 1)
+        assert many.disk == few.disk
+        return many.phases["calibration"] - few.phases["calibration"]
+
+    # A token's gate and up, their product and the residual; the fitted model beside that of floats.
+    one = 2000 * 64 * 4 * (2 * 96 + 96 + 64)
+    assert grown("rtn") == pytest.approx(one, rel=0.1) and grown("gptq") == pytest.approx(2 * one, rel=0.1)
+    model, recipe = opened(checkpoint, tmp_path)
+    codes = sum(
+        math.prod(weight.shape) + 2 * weight.shape[0] * weight.shape[1] // 32
+        for weight in model.graph.weights.values()
+        if len(weight.shape) == 2 and weight.name != "embedding"
+    )
+    plain = make_plan(model, recipe, EXPORTERS).disk
+    assert planned("rtn", 1).disk == plain
+    assert (
+        planned("gptq", 1).disk - plain == pytest.approx(codes, rel=0.05) and planned("gptq", 1).disk >= plain + codes
+    )
+
+
+def test_a_calibration_too_large_for_memory_says_what_to_lower(checkpoint: Path, tmp_path: Path) -> None:
+    calibration = {"source": "text", "sequences": 1 << 30, "length": 64}
+    model, recipe = opened(checkpoint, tmp_path, calibration=calibration, method="gptq")
+    told = str(shortage_of(make_plan(model, recipe, EXPORTERS), tmp_path / "out"))
+    assert "not enough memory" in told and "Lower calibration.sequences" in told
 
 
 def test_each_thread_needs_its_blocks(checkpoint: Path, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ MISTAKES = {
     "unknown key at the top": (
         GOOD + "contxt: 3\n",
         "unknown key 'contxt' (mine.yaml:12); expected one of extends, name, description, device, model, context, "
-        "schemes, calibration, targets, verify. Did you mean context?",
+        "schemes, method, calibration, targets, verify. Did you mean context?",
     ),
     "unknown target": (
         GOOD.replace("gguf: {}", "gguff: {}"),
@@ -440,6 +440,14 @@ MISTAKES = {
     "a file that nothing reads": (
         GOOD + "calibration:\n  source: random-tokens\n  file: i.gguf\n",
         "calibration.file is not used (mine.yaml:14); expected source imatrix; found random-tokens.",
+    ),
+    "a text that nothing reads": (
+        GOOD + "calibration:\n  text: mine.txt\n",
+        "calibration.text is not used (mine.yaml:13); expected source text; found none.",
+    ),
+    "gptq without text": (
+        GOOD + "method: gptq\ncalibration:\n  source: random-tokens\n",
+        "gptq needs text to learn from (mine.yaml:12); expected calibration: {source: text}; found random-tokens.",
     ),
     "required but not made": (
         GOOD + "verify:\n  required: [gguf, mlx]\n",

@@ -1,0 +1,43 @@
+"""Quantized matrices on disk, between the calibration that found them and the pour that packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from converters.quantize.tensor import QuantTensor
+
+
+@dataclass(frozen=True, slots=True)
+class CodeStore:
+    """A folder of quantized matrices, by weight name. Blocks of rows are read without the rest."""
+
+    folder: Path
+    _bits: dict[str, int] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._bits
+
+    def put(self, name: str, tensor: QuantTensor) -> None:
+        """Keep a whole matrix."""
+        parts: Mapping[str, np.ndarray | None] = {"codes": tensor.codes, "scale": tensor.scale, "zero": tensor.zero}
+        for part, array in parts.items():
+            if array is not None:
+                np.save(self._path(name, part), array)
+        self._bits[name] = tensor.bits
+
+    def rows(self, name: str, start: int, stop: int) -> QuantTensor:
+        """Rows [start, stop) of a matrix that was put."""
+
+        def read(part: str) -> np.ndarray:
+            rows: np.ndarray = np.load(self._path(name, part), mmap_mode="r")[start:stop]
+            return np.array(rows)
+
+        zero = read("zero") if self._path(name, "zero").exists() else None
+        return QuantTensor(read("codes"), read("scale"), zero, self._bits[name])
+
+    def _path(self, name: str, part: str) -> Path:
+        return self.folder / f"{name}.{part}.npy"

@@ -1,0 +1,226 @@
+"""What a recipe's calibration finds out before the pour: importances of columns, and the codes that GPTQ chose."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from converters.errors import ModelError, UsageError
+from converters.file_digest import sha256_of
+from converters.graph import Graph, Weight
+from converters.ops import Linear
+from converters.quantize.block import quantize_rows, read_rows
+from converters.quantize.codes import CodeStore
+from converters.quantize.gptq import quantize_gptq
+from converters.quantize.importance import random_token_importance
+from converters.quantize.sequential import Moments, fittable, quantize_sequentially
+from converters.quantize.tensor import F32, QuantTensor, Tensor
+from exporters.base import Model
+from tundish.calibration_text import BUILT_IN, calibration_sequences
+from tundish.disk import disk_errors
+from tundish.recipe import CalibrationSource, Method, Recipe
+
+FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
+
+Record = Mapping[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What quantizing needs to know: importance f32[in] by weight name, and matrices that are quantized already.
+
+    `record` is what the manifest says of it; None without calibration.
+    """
+
+    importance: Mapping[str, F32] = field(default_factory=dict)
+    codes: CodeStore | None = None
+    record: Record | None = None
+
+    def quantize(self, weight: Weight, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a weight under its scheme. ModelError as converters.quantize.block.quantize_rows."""
+        if self.codes is not None and weight.name in self.codes:
+            return self.codes.rows(weight.name, start, stop)
+        return quantize_rows(weight, start, stop, self.importance.get(weight.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the model reads for calibration: sequences of so many tokens, together or one at a time.
+
+    `together`: a layer reads them all before the next begins; `fitted`: layers are fitted to them.
+    """
+
+    sequences: int
+    length: int
+    together: bool = False
+    fitted: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """In all."""
+        return self.sequences * self.length
+
+
+NOTHING = Reading(0, 0)
+
+
+def is_calibrated(graph: Graph, recipe: Recipe) -> bool:
+    """Whether the quantizer gets importances: the recipe asks for them, and there is something to quantize."""
+    return recipe.calibration.is_on and any(weight.scheme.is_quantized for weight in graph.weights.values())
+
+
+def reading(model: Model, recipe: Recipe) -> Reading:
+    """What the recipe has the model read; nothing if it asks for none, or if no weight is quantized.
+
+    UsageError if gptq is asked for and no matrix can be fitted, or if sequences are longer than the context.
+    """
+    calibration, fitted = recipe.calibration, recipe.method is Method.GPTQ
+    if fitted and not fittable(model.graph):
+        raise UsageError(
+            "gptq has no matrix to fit",
+            where=f"recipe {recipe.name}",
+            expected="an integer scheme, such as int4_g32, for a role beside the embedding",
+            found="schemes " + ", ".join(sorted({weight.scheme.name for weight in model.graph.weights.values()})),
+            mend="Leave method out: llama.cpp's block types are rounded with the calibration's importances.",
+        )
+    if not is_calibrated(model.graph, recipe):
+        return NOTHING
+    match calibration.source:
+        case CalibrationSource.RANDOM_TOKENS:
+            return Reading(1, calibration.tokens)
+        case CalibrationSource.TEXT:
+            if calibration.length > model.context_length:
+                raise UsageError(
+                    "calibration.length is more than the context",
+                    where=f"recipe {recipe.name}",
+                    expected=f"at most {model.context_length} tokens",
+                    found=str(calibration.length),
+                )
+            return Reading(calibration.sequences, calibration.length, together=True, fitted=fitted)
+        case _:
+            return NOTHING
+
+
+def warm_up_fit(graph: Graph) -> None:
+    """Load the kernels that fit matrices, or compile them, by fitting a few numbers under each scheme."""
+    for scheme in {weight.scheme.name: weight.scheme for weight in fittable(graph)}.values():
+        width = 2 * (scheme.group_size or 32)
+        quantize_gptq(np.ones((1, width), np.float32), np.eye(width, dtype=np.float32), scheme)
+
+
+def calibrate(
+    model: Model,
+    recipe: Recipe,
+    folder: Path,
+    say: Callable[[str], None],
+    start: Callable[[str, int], None],
+    advance: Callable[[int], None],
+) -> Calibrated:
+    """Do what the recipe asks for. Codes are kept in `folder`, which has to stay until they are poured.
+
+    `say` is told what begins; `start` the number of elements that `advance` then counts. ModelError names a layer that
+    computes no finite values or cannot be fitted, UsageError says what is wrong with a text or an importance matrix.
+    """
+    calibration, read = recipe.calibration, reading(model, recipe)
+    if not is_calibrated(model.graph, recipe):
+        return Calibrated()
+    match calibration.source:
+        case CalibrationSource.TEXT:
+            return _calibrate_on_text(model, recipe, read, folder, say, start, advance)
+        case CalibrationSource.IMATRIX:
+            return _calibrate_by_matrix(model, Path(calibration.file or ""), say)
+        case _:
+            say(f"calibrating: the model reads {read.tokens} random tokens")
+            record: Record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
+            return Calibrated(random_token_importance(model.graph, read.tokens, calibration.seed), None, record)
+
+
+def _calibrate_on_text(
+    model: Model,
+    recipe: Recipe,
+    read: Reading,
+    folder: Path,
+    say: Callable[[str], None],
+    start: Callable[[str, int], None],
+    advance: Callable[[int], None],
+) -> Calibrated:
+    graph, calibration = model.graph, recipe.calibration
+    text = Path(calibration.text).expanduser() if calibration.text else None
+    token_ids = calibration_sequences(model, text, read.sequences, read.length, calibration.seed)
+    record: Record = {
+        "source": calibration.source.value,
+        "method": recipe.method.value,
+        "text": text.name if text else BUILT_IN,
+        "token_ids_sha256": hashlib.sha256(token_ids.astype("<i8").tobytes()).hexdigest(),
+        "sequences": read.sequences,
+        "length": read.length,
+        "seed": calibration.seed,
+    }
+    say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {record['text']}")
+    start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
+    if not read.fitted:
+        return Calibrated(quantize_sequentially(graph, token_ids, advance=advance), None, record)
+    store = CodeStore(folder)
+    with disk_errors(folder):
+        importance = quantize_sequentially(graph, token_ids, partial(_fit, store), advance=advance)
+    return Calibrated(importance, store, record)
+
+
+def _linear_elements(graph: Graph) -> int:
+    used = [name for node in graph.nodes if isinstance(node.op, Linear) for name in node.op.weights]
+    return sum(math.prod(graph.weights[name].shape) for name in used)
+
+
+def _calibrate_by_matrix(model: Model, file: Path, say: Callable[[str], None]) -> Calibrated:
+    """Importances from llama.cpp's importance matrix of this model."""
+    from converters.quantize.imatrix import read_imatrix
+    from exporters.gguf.importance import imatrix_importance
+
+    path = file.expanduser()
+    matrix = read_imatrix(path)
+    say(f"calibration: {file}, {len(matrix.means)} entries from {matrix.chunks} chunks of text")
+    importance = imatrix_importance(matrix, model.graph, str(file))
+    absent = sorted({name for node in model.graph.nodes[-1:] for name in node.op.weights} - importance.keys())
+    if absent:
+        say(f"calibration: no entry for {', '.join(absent)}, whose columns count the same")
+    record: Record = {"source": CalibrationSource.IMATRIX.value, "file": path.name, "sha256": sha256_of([path])[path]}
+    return Calibrated(importance, None, record)
+
+
+def _fit(store: CodeStore, weight: Weight, moments: Moments) -> QuantTensor:
+    """A weight's codes by GPTQ, some rows at a time, which the store then has."""
+    rows, width = weight.shape
+    step = max(1, FIT_ELEMENTS // width)
+    parts = []
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        values = read_rows(weight, start, stop)
+        deficit = None if moments.deficit is None else moments.deficit[start:stop]
+        try:
+            parts.append(quantize_gptq(values, moments.hessian, weight.scheme, moments.cross, deficit))
+        except (ValueError, OverflowError) as error:
+            raise ModelError(
+                "a layer cannot be fitted to its calibration",
+                where=weight.name,
+                found=str(error),
+                mend="Use other text, or method: rtn; if the model computes nonsense, download it again.",
+            ) from error
+    tensor = _joined(parts)
+    store.put(weight.name, tensor)
+    return tensor
+
+
+def _joined(parts: list[QuantTensor]) -> QuantTensor:
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return QuantTensor(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+        parts[0].bits,
+    )
