@@ -136,7 +136,7 @@ def _linear(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F3
         rows = weight.shape[0]
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            out[:, first + start : first + stop] = (weight[start:stop] @ x.T).T  # a fourth faster than x @ rows.T
+            np.matmul(x, weight[start:stop].T, out=out[:, first + start : first + stop])
         first += rows
     return out.reshape(*inputs[0].shape[:-1], out.shape[1])
 
