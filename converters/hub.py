@@ -25,20 +25,13 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt",
 UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's second copy of the weights
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
+FAILURES = (HfHubHTTPError, HFValidationError, OSError)  # what huggingface_hub raises, with that of requests
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
 def download(repo_id: str, revision: str | None) -> Source:
     """config.json is fetched last: a snapshot that has one is whole, also when there is no Hub to compare it with."""
-
-    if not constants.HF_HUB_OFFLINE and not _ENDPOINT.match(constants.ENDPOINT):
-        raise UsageError(
-            "the Hub's address is invalid",
-            where="HF_ENDPOINT",
-            expected="http:// or https:// and a host",
-            found=repr(constants.ENDPOINT),
-            mend="Unset HF_ENDPOINT for huggingface.co, or set it to the address of a mirror.",
-        )
+    require_endpoint()
 
     def fetch(commit: str | None, wanted: list[str], unwanted: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted))
@@ -46,8 +39,8 @@ def download(repo_id: str, revision: str | None) -> Source:
     try:
         folder = fetch(revision, WANTED, [*UNWANTED, CONFIG])
         fetch(folder.name, [CONFIG], [])
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _explain(error, repo_id, revision) from error
+    except FAILURES as error:
+        raise explain(error, repo_id, revision) from error
     if not (folder / CONFIG).exists():
         raise ModelError(
             "model is incomplete in the Hub's cache, or has no config.json",
@@ -57,8 +50,23 @@ def download(repo_id: str, revision: str | None) -> Source:
     return Source(repo_id.split("/")[1], folder, repo_id, folder.name)
 
 
-def _explain(error: Exception, repo_id: str, revision: str | None) -> TundishError:
-    """The error a user can mend for what huggingface_hub raised."""
+def require_endpoint() -> None:
+    """UsageError if huggingface_hub would be asked to use an address that is none."""
+    if not constants.HF_HUB_OFFLINE and not _ENDPOINT.match(constants.ENDPOINT):
+        raise UsageError(
+            "the Hub's address is invalid",
+            where="HF_ENDPOINT",
+            expected="http:// or https:// and a host",
+            found=repr(constants.ENDPOINT),
+            mend="Unset HF_ENDPOINT for huggingface.co, or set it to the address of a mirror.",
+        )
+
+
+def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "model") -> TundishError:
+    """The error a user can mend for what huggingface_hub raised about a repository of that kind, model or dataset."""
+    is_model = kind == "model"  # only a model's id could have meant a folder
+    page = f"{constants.ENDPOINT}/{'' if is_model else 'datasets/'}{repo_id}"
+    neither, rule = ("no such folder, and ", f"{FOLDER_RULE} ") if is_model else ("", "")
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return ResourceError(
             "the Hub's cache cannot be written",
@@ -69,31 +77,32 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> TundishErr
     rows: list[tuple[type[Exception], str, Callable[[], str]]] = [
         (
             GatedRepoError,
-            "model is gated on the Hub",
-            lambda: f"Accept its terms at {constants.ENDPOINT}/{repo_id} and set HF_TOKEN to a token of that account.",
+            f"{kind} is gated on the Hub",
+            lambda: f"Accept its terms at {page} and set HF_TOKEN to a token of that account.",
         ),
         (
             RepositoryNotFoundError,
-            "no such folder, and no such model on the Hub",
-            lambda: f"{FOLDER_RULE} A private model needs HF_TOKEN.",
+            f"{neither}no such {kind} on the Hub",
+            lambda: f"{rule}A private {kind} needs HF_TOKEN.",
         ),
         (
             RevisionNotFoundError,
-            "no such revision of the model",
+            f"no such revision of the {kind}",
             lambda: f"{revision!r} is no branch, tag or commit of it.",
         ),
-        (LocalEntryNotFoundError, "no such folder, and the model is not in the Hub's cache", _out_of_reach),
-        (HFValidationError, "no such folder, and no valid Hub id", lambda: FOLDER_RULE),
-        (HfHubHTTPError, "the Hub refused to serve the model", lambda: "Try again later, or check HF_TOKEN."),
+        (LocalEntryNotFoundError, f"{neither}the {kind} is not in the Hub's cache", lambda: _out_of_reach(kind)),
+        (HFValidationError, f"{neither}no valid Hub id", lambda: FOLDER_RULE if is_model else "Ids are owner/name."),
+        (HfHubHTTPError, f"the Hub refused to serve the {kind}", lambda: "Try again later, or check HF_TOKEN."),
         (OSError, "download broke off", lambda: "Run again: it continues where it stopped."),
     ]
-    what, mend = next((what, mend) for kind, what, mend in rows if isinstance(error, kind))
+    what, mend = next((what, mend) for failure, what, mend in rows if isinstance(error, failure))
     cause = error.__cause__ or error
     found = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return ModelError(what, where=repo_id, found=found, mend=mend())
 
 
-def _out_of_reach() -> str:
+def _out_of_reach(kind: str) -> str:
+    other = "a folder" if kind == "model" else "a text of your own"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set: unset it to download the model, or give a folder."
-    return f"{constants.ENDPOINT} does not answer: check the connection and HF_ENDPOINT, or give a folder."
+        return f"HF_HUB_OFFLINE is set: unset it to download the {kind}, or give {other}."
+    return f"{constants.ENDPOINT} does not answer: check the connection and HF_ENDPOINT, or give {other}."

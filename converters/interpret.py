@@ -29,18 +29,25 @@ class WeightRows:
         return widen(self.weight.source.read(start, stop))[0]
 
 
+def by_reference(node: Node, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
+    """The node's value by its operation's reference."""
+    return OPS[type(node.op)].reference(node.op, inputs, weights)
+
+
 def interpret(
     graph: Graph,
     token_ids: NDArray[np.int64],
     read: Callable[[Weight], Rows] = WeightRows,
     stop_at: str = LOGITS,
     observe: Callable[[Node, Sequence[np.ndarray]], None] = lambda node, inputs: None,
+    evaluate: Callable[[Node, Sequence[np.ndarray], Sequence[Rows]], F32] = by_reference,
 ) -> F32:
     """Logits f32[batch, length, vocab] for token_ids i64[batch, length], or the value named `stop_at`.
 
     Rows of weights are read as they are needed and let go at once: memory holds the live activations. `read`
     chooses the numbers: the checkpoint's, or dequantized ones to see what a scheme costs. `observe` is shown every node
-    with its inputs, which it must not change.
+    with its inputs, which it must not change. `evaluate` computes a node: another than the reference's, for who keeps
+    something between calls.
     """
     values: dict[str, np.ndarray] = {TOKEN_IDS: token_ids}
     last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
@@ -48,7 +55,7 @@ def interpret(
         inputs = [values[name] for name in node.inputs]
         observe(node, inputs)
         weights = [read(graph.weights[name]) for name in node.op.weights]
-        values[node.name] = OPS[type(node.op)].reference(node.op, inputs, weights)
+        values[node.name] = evaluate(node, inputs, weights)
         if node.name == stop_at:
             break
         del inputs, weights  # or they would still be held while the next node's are read

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repo:
-    """One model repository with one commit. `token`: only requests that carry it get files."""
+    """One repository with one commit. `token`: only requests that carry it get files."""
 
     files: dict[str, bytes]
     commit: str = "0123456789abcdef0123456789abcdef01234567"
@@ -26,7 +26,10 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server serves and has seen. `cut`: file name -> no byte from there on ever arrives."""
+    """What the server serves and has seen. `cut`: file name -> no byte from there on ever arrives.
+
+    Ids of `repos` are owner/name for models and datasets/owner/name for datasets.
+    """
 
     repos: dict[str, Repo]
     cut: dict[str, int] = field(default_factory=dict)
@@ -50,9 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if found := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[2], found[3], body=body)
         else:
             self._error(404, "EntryNotFound")
