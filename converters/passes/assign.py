@@ -50,6 +50,11 @@ def assign_schemes(
     return graph.map_weights(assign)
 
 
+def with_schemes(graph: Graph, schemes: Mapping[str, Scheme]) -> Graph:
+    """A new graph in which these weights, by name, have these schemes."""
+    return graph.map_weights(lambda weight: replace(weight, scheme=schemes.get(weight.name, weight.scheme)))
+
+
 def _spot(config: ModelConfig, weight: Weight, calibrated: bool) -> Spot:
     return Spot(
         role=weight.role,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -15,16 +16,24 @@ from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import NumberType, Scheme
 from converters.quantize.tensor import F32, FloatArray, GgmlTensor, QuantTensor, Tensor
 
+Rounding = Callable[[F32, Scheme, F32 | None], QuantTensor]
+"""Values f32[out, in], an integer scheme, importance f32[in] or None -> codes."""
 
-def quantize_rows(weight: Weight, start: int, stop: int, importance: F32 | None = None) -> Tensor:
+
+def quantize_rows(
+    weight: Weight, start: int, stop: int, importance: F32 | None = None, rounding: Rounding = quantize_rtn
+) -> Tensor:
     """Rows [start, stop) under the weight's scheme; ModelError names a tensor with NaN, Inf or too large values.
 
-    importance: f32[in] of the weight's columns, for schemes that are quantized.
+    importance: f32[in] of the weight's columns, for schemes that are quantized. rounding: for integer schemes.
     """
     values = read_rows(weight, start, stop)
     if weight.scheme.is_quantized:
         try:
-            return _quantize(values, weight.scheme, importance)
+            if weight.scheme.is_integer:
+                return rounding(values, weight.scheme, importance)
+            blocks = GGML_TYPES[weight.scheme.name].quantize(values, importance)
+            return GgmlTensor(weight.scheme.name, blocks, values.shape[1])
         except OverflowError as error:
             raise ModelError(
                 "weights too large for fp16 scales",
@@ -49,13 +58,6 @@ def read_rows(weight: Weight, start: int, stop: int) -> F32:
             mend="The checkpoint is damaged or its training diverged: download it again or use another.",
         )
     return values
-
-
-def _quantize(values: F32, scheme: Scheme, importance: F32 | None) -> QuantTensor | GgmlTensor:
-    if scheme.is_integer:
-        return quantize_rtn(values, scheme, importance)
-    blocks = GGML_TYPES[scheme.name].quantize(values, importance)
-    return GgmlTensor(scheme.name, blocks, values.shape[1])
 
 
 def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:

@@ -91,6 +91,35 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+# Bytes of a block of GGML's types, by scheme (ggml-common.h).
+_GGML_BLOCK_NBYTES = {
+    "q4_0": 18,
+    "q4_1": 20,
+    "q5_0": 22,
+    "q5_1": 24,
+    "q8_0": 34,
+    "iq4_nl": 18,
+    "iq4_xs": 136,
+    "q2_k": 84,
+    "q3_k": 110,
+    "q4_k": 144,
+    "q5_k": 176,
+    "q6_k": 210,
+}
+
+
+def stored_bits(scheme: Scheme, row: int) -> float:
+    """Bits a weight in rows of `row`: the codes, and of each group an fp16 scale and a zero if it has one.
+
+    What a container adds, such as wider scales or minima, is not counted.
+    """
+    if not scheme.is_quantized:
+        return scheme.bits
+    if scheme.type is NumberType.GGML:
+        return _GGML_BLOCK_NBYTES[scheme.name] * 8 / scheme.group_size_for(row)
+    return scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / scheme.group_size_for(row)
+
+
 def scheme_named(name: str) -> Scheme:
     """The preset of that name; UsageError lists the presets."""
     if name not in SCHEMES:

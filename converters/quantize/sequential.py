@@ -12,7 +12,7 @@ never the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,6 +88,21 @@ def fittable(graph: Graph) -> list[Weight]:
     embedded = {name for node in graph.nodes if isinstance(node.op, Embedding) for name in node.op.weights}
     used = (graph.weights[name] for node in graph.nodes if isinstance(node.op, Linear) for name in node.op.weights)
     return [weight for weight in used if weight.scheme.is_integer and weight.name not in embedded]
+
+
+def float_hessians(graph: Graph, token_ids: NDArray[np.int64]) -> Iterator[tuple[Node, F32]]:
+    """Every Linear and the second moments f32[in, in] of its inputs in the float model, means over token_ids
+    i64[sequences, length]. ModelError names the node where they are not finite."""
+    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    stream = _Stream({TOKEN_IDS: token_ids})
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node.op, Linear):
+            hessian = _moments(node, stream, None, None).hessian
+            importance_at(node, np.diagonal(hessian), _READ)
+            yield node, hessian
+        if index < len(graph.nodes) - 1:
+            stream.run(node, [WeightRows(graph.weights[name]) for name in node.op.weights])
+            stream.forget({name for name in node.inputs if last_use[name] == index})
 
 
 def quantize_sequentially(
