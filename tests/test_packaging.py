@@ -26,9 +26,9 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # What a command that only reads recipes must not wait for.
 SLOW_TO_IMPORT = {
     "gguf", "huggingface_hub", "matplotlib", "mlx", "numba", "onnx", "onnxruntime", "onnxruntime_genai", "openvino",
-    "openvino_genai", "openvino_tokenizers", "tokenizers", "torch", "transformers", "xllamacpp",
+    "openvino_genai", "openvino_tokenizers", "pyarrow", "tokenizers", "torch", "transformers", "xllamacpp",
 }  # fmt: skip
-SDKS = SLOW_TO_IMPORT - {"gguf", "huggingface_hub", "matplotlib", "numba", "tokenizers"}
+SDKS = SLOW_TO_IMPORT - {"gguf", "huggingface_hub", "matplotlib", "numba", "pyarrow", "tokenizers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def test_every_import_is_declared_and_every_core_dependency_is_used() -> None:
         names = {normal(name) for name in distributions.get(found.root, [found.root])}
         used |= names
         own = container(found.file)
-        extras = [own] if own else [] if found.top else ["reference", "plot"]
+        extras = [own] if own else [] if found.top else ["reference", "plot", "datasets"]
         declared = CORE.union(*map(extra_names, extras))
         if not names & declared:
             undeclared.append(str(found))

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from converters.dataset import Dataset
 from converters.errors import ModelError, UsageError
 from converters.file_digest import sha256_of
 from converters.graph import Graph, Weight
 from converters.ops import Linear
-from converters.quantize.block import quantize_rows, read_rows
+from converters.quantize.awq import fold_awq
+from converters.quantize.block import Rounding, quantize_rows, read_rows
 from converters.quantize.codes import CodeStore
 from converters.quantize.gptq import quantize_gptq
+from converters.quantize.hqq import quantize_hqq
 from converters.quantize.importance import random_token_importance
+from converters.quantize.rtn import quantize_rtn
 from converters.quantize.sequential import Moments, fittable, quantize_sequentially
 from converters.quantize.tensor import F32, QuantTensor, Tensor
 from exporters.base import Model
-from tundish.calibration_text import BUILT_IN, calibration_sequences
+from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
 from tundish.disk import disk_errors
-from tundish.recipe import CalibrationSource, Method, Recipe
+from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
 
 FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
 
@@ -35,30 +39,35 @@ Record = Mapping[str, str | int]
 class Calibrated:
     """What quantizing needs to know: importance f32[in] by weight name, and matrices that are quantized already.
 
-    `record` is what the manifest says of it; None without calibration.
+    `graph` is what is quantized: the model's, or one that computes the same with columns scaled. `record` is what the
+    manifest says of it; None without calibration.
     """
 
+    graph: Graph
     importance: Mapping[str, F32] = field(default_factory=dict)
     codes: CodeStore | None = None
     record: Record | None = None
+    rounding: Rounding = quantize_rtn
 
     def quantize(self, weight: Weight, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a weight under its scheme. ModelError as converters.quantize.block.quantize_rows."""
         if self.codes is not None and weight.name in self.codes:
             return self.codes.rows(weight.name, start, stop)
-        return quantize_rows(weight, start, stop, self.importance.get(weight.name))
+        return quantize_rows(weight, start, stop, self.importance.get(weight.name), self.rounding)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What the model reads for calibration: sequences of so many tokens, together or one at a time.
 
-    `together`: a layer reads them all before the next begins; `fitted`: layers are fitted to them.
+    `together`: a layer reads them all before the next begins; `scaled`: the float model reads them before, to scale
+    columns; `fitted`: layers are fitted to them.
     """
 
     sequences: int
     length: int
     together: bool = False
+    scaled: bool = False
     fitted: bool = False
 
     @property
@@ -80,7 +89,7 @@ def reading(model: Model, recipe: Recipe) -> Reading:
 
     UsageError if gptq is asked for and no matrix can be fitted, or if sequences are longer than the context.
     """
-    calibration, fitted = recipe.calibration, recipe.method is Method.GPTQ
+    calibration, fitted = recipe.calibration, recipe.method.fits
     if fitted and not fittable(model.graph):
         raise UsageError(
             "gptq has no matrix to fit",
@@ -94,7 +103,7 @@ def reading(model: Model, recipe: Recipe) -> Reading:
     match calibration.source:
         case CalibrationSource.RANDOM_TOKENS:
             return Reading(1, calibration.tokens)
-        case CalibrationSource.TEXT:
+        case CalibrationSource.TEXT | CalibrationSource.DATASET | CalibrationSource.SELF:
             if calibration.length > model.context_length:
                 raise UsageError(
                     "calibration.length is more than the context",
@@ -102,7 +111,8 @@ def reading(model: Model, recipe: Recipe) -> Reading:
                     expected=f"at most {model.context_length} tokens",
                     found=str(calibration.length),
                 )
-            return Reading(calibration.sequences, calibration.length, together=True, fitted=fitted)
+            scaled = recipe.method.scales
+            return Reading(calibration.sequences, calibration.length, together=True, scaled=scaled, fitted=fitted)
         case _:
             return NOTHING
 
@@ -128,17 +138,19 @@ def calibrate(
     computes no finite values or cannot be fitted, UsageError says what is wrong with a text or an importance matrix.
     """
     calibration, read = recipe.calibration, reading(model, recipe)
+    rounding = quantize_hqq if recipe.method is Method.HQQ else quantize_rtn
     if not is_calibrated(model.graph, recipe):
-        return Calibrated()
+        return Calibrated(model.graph, rounding=rounding)
     match calibration.source:
-        case CalibrationSource.TEXT:
-            return _calibrate_on_text(model, recipe, read, folder, say, start, advance)
+        case CalibrationSource.TEXT | CalibrationSource.DATASET | CalibrationSource.SELF:
+            return replace(_calibrate_on_text(model, recipe, read, folder, say, start, advance), rounding=rounding)
         case CalibrationSource.IMATRIX:
-            return _calibrate_by_matrix(model, Path(calibration.file or ""), say)
+            return replace(_calibrate_by_matrix(model, Path(calibration.file or ""), say), rounding=rounding)
         case _:
             say(f"calibrating: the model reads {read.tokens} random tokens")
             record: Record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
-            return Calibrated(random_token_importance(model.graph, read.tokens, calibration.seed), None, record)
+            importance = random_token_importance(model.graph, read.tokens, calibration.seed)
+            return Calibrated(model.graph, importance, None, record, rounding)
 
 
 def _calibrate_on_text(
@@ -151,25 +163,68 @@ def _calibrate_on_text(
     advance: Callable[[int], None],
 ) -> Calibrated:
     graph, calibration = model.graph, recipe.calibration
-    text = Path(calibration.text).expanduser() if calibration.text else None
-    token_ids = calibration_sequences(model, text, read.sequences, read.length, calibration.seed)
+    origin = origin_of(calibration)
+    if isinstance(origin, OwnText):
+        say(f"calibrating: the model writes {read.tokens} tokens, one after the other; no plan counts their time")
+        start("writing text", read.tokens)
+    token_ids = calibration_ids(model, calibration, origin, read.sequences, read.length, advance)
     record: Record = {
         "source": calibration.source.value,
         "method": recipe.method.value,
-        "text": text.name if text else BUILT_IN,
-        "token_ids_sha256": hashlib.sha256(token_ids.astype("<i8").tobytes()).hexdigest(),
+        "text": origin.path.name if isinstance(origin, Files) else name_of(origin),
+        "token_ids_sha256": digest(token_ids),
         "sequences": read.sequences,
         "length": read.length,
         "seed": calibration.seed,
+        "chat": calibration.chat,
     }
+    if isinstance(origin, Dataset):
+        record = {**record, "revision": origin.revision}
     say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {record['text']}")
+    if read.scaled:
+        start("scaling columns", _linear_elements(graph))
+        graph = fold_awq(graph, token_ids, advance)
     start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
     if not read.fitted:
-        return Calibrated(quantize_sequentially(graph, token_ids, advance=advance), None, record)
+        return Calibrated(graph, quantize_sequentially(graph, token_ids, advance=advance), None, record)
     store = CodeStore(folder)
     with disk_errors(folder):
         importance = quantize_sequentially(graph, token_ids, partial(_fit, store), advance=advance)
-    return Calibrated(importance, store, record)
+    return Calibrated(graph, importance, store, record)
+
+
+def origin_of(calibration: Calibration) -> Origin:
+    """Where the text of a calibration by text comes from. ModelError if a dataset cannot be found."""
+    match calibration.source:
+        case CalibrationSource.DATASET:
+            from converters.hub_dataset import find_dataset  # huggingface_hub is slow to import
+
+            return find_dataset(calibration.dataset or "", calibration.revision, calibration.files)
+        case CalibrationSource.SELF:
+            return OwnText()
+        case _:
+            return Files(Path(calibration.text).expanduser()) if calibration.text else Documentation()
+
+
+def calibration_ids(
+    model: Model,
+    calibration: Calibration,
+    origin: Origin,
+    sequences: int,
+    length: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> NDArray[np.int64]:
+    """Sequences i64[sequences, length] of the calibration's text, as calibration_sequences gives them."""
+    return calibration_sequences(model, origin, sequences, length, calibration.seed, calibration.chat, advance)
+
+
+def known_importance(model: Model, recipe: Recipe) -> Mapping[str, F32]:
+    """Importances before any text is read: an importance matrix's, or those of random tokens; none if uncalibrated."""
+    if not recipe.calibration.is_on:
+        return {}
+    if recipe.calibration.source is CalibrationSource.IMATRIX:
+        return _calibrate_by_matrix(model, Path(recipe.calibration.file or ""), lambda text: None).importance
+    return random_token_importance(model.graph, recipe.calibration.tokens, recipe.calibration.seed)
 
 
 def _linear_elements(graph: Graph) -> int:
@@ -190,7 +245,7 @@ def _calibrate_by_matrix(model: Model, file: Path, say: Callable[[str], None]) -
     if absent:
         say(f"calibration: no entry for {', '.join(absent)}, whose columns count the same")
     record: Record = {"source": CalibrationSource.IMATRIX.value, "file": path.name, "sha256": sha256_of([path])[path]}
-    return Calibrated(importance, None, record)
+    return Calibrated(model.graph, importance, None, record)
 
 
 def _fit(store: CodeStore, weight: Weight, moments: Moments) -> QuantTensor:

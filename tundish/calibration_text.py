@@ -1,119 +1,253 @@
-"""What the model reads for calibration: documentation from Python's standard library, or the user's own text."""
+"""What the model reads for calibration: Python's documentation, the user's text, a dataset's, or what it writes."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
-from converters.errors import UsageError
+from converters.chat import render_chat
+from converters.dataset import Dataset
+from converters.errors import ModelError, UsageError
+from converters.generate import generate
+from converters.tokenizer import Tokenizer
 from converters.tokenizer_json import ensure_tokenizer_json
 from exporters.base import Model
-from tundish.heldout import evaluation_text
+from tundish.documentation import NAME, documentation
+from tundish.heldout import require_not_held_out
+from tundish.text_files import Conversation, Text, read_texts, text_files
 
-BUILT_IN = "pydoc_data.topics"
-_PIECE = 1 << 16  # characters that are tokenized at a time
-_TOGETHER = 16  # pieces whose encodings, far larger than their ids, are held
-_LEAST_DISTINCT = 16  # token ids in a text that is worth calibrating with
-_RUN = 16  # words in a row that no two texts share by chance
+PIECE = 1 << 16  # characters that are tokenized at a time
+MESSAGE = 1 << 10  # characters, about, of a message made of paragraphs
+MOST = 1 << 23  # characters that are read, unless more are needed
+MOST_PER_TOKEN = 32  # that is when so many for each token are more
+LEAST_DISTINCT = 16  # token ids in a text that is worth calibrating with
+MARK = "tundish0user0message"  # a message of which a template changes nothing
 
 
-def calibration_sequences(model: Model, text: Path | None, sequences: int, length: int, seed: int) -> NDArray[np.int64]:
-    """Token ids i64[sequences, length]: windows of the text that do not overlap, chosen at random by the seed.
+@dataclass(frozen=True, slots=True)
+class Documentation:
+    """Prose that Python itself carries: see tundish.documentation."""
 
-    `text` is a UTF-8 file, or a folder whose .txt and .md files are read in the order of their names; None: Python's
-    documentation. Each window begins with BOS where the model wants one. UsageError says what is wrong with a text, or
-    how much it lacks, and refuses one that has held-out text in it.
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """A file, or a folder of them: see tundish.text_files."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OwnText:
+    """The model's own: see converters.generate."""
+
+
+Origin = Documentation | Files | Dataset | OwnText
+Ids = NDArray[np.int64]
+
+
+def calibration_sequences(
+    model: Model,
+    origin: Origin,
+    sequences: int,
+    length: int,
+    seed: int,
+    chat: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Ids:
+    """Token ids i64[sequences, length] of the origin's text. Each begins with BOS where the model wants one.
+
+    Plain text: windows that do not overlap, chosen at random by the seed. `chat`: conversations in random order, one
+    after the other, the last of a sequence cut off; a text is made messages of the user's, paragraphs together up to a
+    size, and the prompt for an answer follows. OwnText: see `own_text`. Of more than MOST characters the first ones
+    count.
+
+    UsageError says what is wrong with a text, or how much it lacks, ModelError that chat is asked of a model without a
+    template. `advance` counts tokens that are generated.
     """
-    where = f"Python's documentation ({BUILT_IN})" if text is None else str(text)
-    bos = [model.tokenizer.bos_id] if model.tokenizer.add_bos and model.tokenizer.bos_id is not None else []
-    taken = length - len(bos)
-    stream = _token_ids(model, _documentation() if text is None else _files(text))
-    distinct = len(np.unique(stream))
-    if taken and len(stream) >= taken and distinct < _LEAST_DISTINCT:
+    encoder = _Encoder(model.tokenizer)
+    if isinstance(origin, OwnText):
+        ids = own_text(model, sequences, length, seed, chat, advance)
+    else:
+        most = max(MOST, MOST_PER_TOKEN * sequences * length)
+        texts = _up_to(most, _texts(origin))
+        where = name_of(origin)
+        if chat:
+            ids = _packed(encoder.encode(_prompts(model.tokenizer, texts)), encoder.bos, sequences, length, seed, where)
+        else:
+            plain = (text.text if isinstance(text, Conversation) else text for text in texts)
+            stream = _joined(encoder.encode(chain.from_iterable(map(_pieces, plain))))
+            ids = _windows(stream, encoder.bos, sequences, length, seed, where)
+    distinct = len(np.unique(ids))
+    if distinct < LEAST_DISTINCT:
         raise UsageError(
             "the calibration text says nothing",
-            where=where,
+            where=name_of(origin),
             expected="prose or code as the model will read it",
             found=f"{distinct} different tokens",
         )
+    return ids
+
+
+def digest(ids: Ids) -> str:
+    """SHA-256 of token ids as little-endian 64-bit integers, row by row: whether two calibrations read the same."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes()).hexdigest()
+
+
+def own_text(model: Model, sequences: int, length: int, seed: int, chat: bool, advance: Callable[[int], None]) -> Ids:
+    """i64[sequences, length] that the model writes: texts after BOS, or with `chat` both sides of conversations.
+
+    The user's side begins where the template puts the user's words, the answer where it asks for one. ModelError if the
+    template does not show the user's words as they are, once.
+    """
+    tokenizer, encoder = model.tokenizer, _Encoder(model.tokenizer)
+    if not chat:
+        openings = [[] if tokenizer.bos_id is None else [tokenizer.bos_id]]
+    else:
+        parts = render_chat(tokenizer, [{"role": "user", "content": MARK}]).split(MARK)
+        if len(parts) != 2:
+            raise ModelError(
+                "the chat template does not say where the user's words begin and end",
+                where="chat_template",
+                expected="one message shown once, as it is",
+                found=f"{len(parts) - 1} times",
+                mend="Calibrate with text, or without chat.",
+            )
+        user, answer = (each.tolist() for each in encoder.encode(parts))
+        openings = [[*([] if user[:1] == encoder.bos else encoder.bos), *user], answer]
+    return generate(model.graph, sequences, length, seed, openings, tokenizer.eos_ids, advance=advance)
+
+
+class _Encoder:
+    """The model's tokenizer, which recognizes special tokens in texts, and the BOS that it wants in front of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._fast = FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+        self._fast.no_truncation()
+        self.bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+
+    def encode(self, texts: Iterable[str]) -> list[Ids]:
+        """i64[tokens] of each text, nothing added."""
+        encoded = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int64) for each in encoded]
+
+
+def _texts(origin: Documentation | Files | Dataset) -> Iterator[Text]:
+    match origin:
+        case Documentation():
+            yield from documentation()
+        case Files(path):
+            yield from chain.from_iterable(map(_checked_texts, text_files(path)))
+        case Dataset():
+            from converters.hub_dataset import fetch  # huggingface_hub is slow to import
+
+            yield from chain.from_iterable(_checked_texts(fetch(origin, name)) for name in origin.files)
+
+
+def _checked_texts(path: Path) -> Iterator[Text]:
+    for text in read_texts(path):
+        require_not_held_out(text.text if isinstance(text, Conversation) else text, str(path))
+        yield text
+
+
+def name_of(origin: Origin) -> str:
+    """What people call it."""
+    match origin:
+        case Documentation():
+            return NAME
+        case Files(path):
+            return str(path)
+        case Dataset(repo_id, revision):
+            return f"{repo_id} at {revision[:12]}"
+        case OwnText():
+            return "the model's own text"
+
+
+def _up_to(most: int, texts: Iterable[Text]) -> Iterator[Text]:
+    """Texts until they hold that many characters; the one that passes it is cut off, or left out if it is a talk."""
+    for text in texts:
+        size = len(text.text if isinstance(text, Conversation) else text)
+        if size >= most:
+            if isinstance(text, str):
+                yield text[:most]
+            return
+        most -= size
+        yield text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text and an empty line, in parts that a tokenizer takes at once."""
+    for start in range(0, len(text), PIECE):
+        yield text[start : start + PIECE] + ("\n\n" if start + PIECE >= len(text) else "")
+
+
+def _prompts(tokenizer: Tokenizer, texts: Iterable[Text]) -> Iterator[str]:
+    """Conversations as the template shows them."""
+    for text in texts:
+        if isinstance(text, Conversation):
+            yield render_chat(tokenizer, text.messages, add_generation_prompt=False)
+        else:
+            for words in _messages(text):
+                yield render_chat(tokenizer, [{"role": "user", "content": words}])
+
+
+def _messages(text: str) -> Iterator[str]:
+    """A text's paragraphs, cut off or put together until they are long enough for a message."""
+    held: list[str] = []
+    paragraphs = (each for each in text.split("\n\n") if each.strip())
+    for part in (each[start : start + MESSAGE] for each in paragraphs for start in range(0, len(each), MESSAGE)):
+        held.append(part)
+        if sum(map(len, held)) >= MESSAGE:
+            yield "\n\n".join(held)
+            held = []
+    if held:
+        yield "\n\n".join(held)
+
+
+def _joined(parts: list[Ids]) -> Ids:
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _windows(stream: Ids, bos: list[int], sequences: int, length: int, seed: int, where: str) -> Ids:
+    """Windows of a stream i64[tokens], in its order."""
+    taken = length - len(bos)
     available = len(stream) // taken if taken else 0
     if available < sequences:
-        raise UsageError(
-            "the calibration text is too short",
-            where=where,
-            expected=f"{sequences} sequences of {length} tokens",
-            found=f"{len(stream):,} tokens",
-            mend="Give more text, or lower calibration.sequences or calibration.length.",
-        )
+        raise _too_short(sequences, length, where, f"{len(stream):,} tokens")
     chosen = np.sort(np.random.default_rng(seed).choice(available, sequences, replace=False))
-    windows = stream[: available * taken].reshape(available, taken)[chosen].astype(np.int64)
+    windows = stream[: available * taken].reshape(available, taken)[chosen]
     return np.concatenate([np.tile(np.array(bos, np.int64), (sequences, 1)), windows], axis=1)
 
 
-def _token_ids(model: Model, contents: Iterable[str]) -> NDArray[np.int32]:
-    """Of all contents one after the other, without BOS."""
-    fast = FastTokenizer.from_str(ensure_tokenizer_json(model.tokenizer))
-    fast.no_truncation()
-    parts = [np.empty(0, np.int32)]
-    pieces: list[str] = []
-
-    def encode() -> None:
-        parts.extend(np.array(each.ids, np.int32) for each in fast.encode_batch(pieces, add_special_tokens=False))
-        pieces.clear()
-
-    for content in contents:
-        for start in range(0, len(content), _PIECE):
-            pieces.append(content[start : start + _PIECE])
-            if len(pieces) == _TOGETHER:
-                encode()
-    encode()
-    return np.concatenate(parts)
+def _packed(talks: list[Ids], bos: list[int], sequences: int, length: int, seed: int, where: str) -> Ids:
+    """Each sequence begins with the beginning of a conversation, and no conversation is in two."""
+    order = iter(np.random.default_rng(seed).permutation(len(talks)).tolist())
+    rows: list[Ids] = []
+    while len(rows) < sequences:
+        parts: list[Ids] = []
+        for index in order:
+            starts_itself = parts or talks[index][:1].tolist() == bos
+            parts += [talks[index]] if starts_itself else [np.array(bos, np.int64), talks[index]]
+            if sum(map(len, parts)) >= length:
+                break
+        else:
+            found = f"{sum(map(len, talks)):,} tokens in {len(talks):,} conversations"
+            raise _too_short(sequences, length, where, found)
+        rows.append(_joined(parts)[:length])
+    return np.stack(rows)
 
 
-def _documentation() -> Iterator[str]:
-    from pydoc_data import topics  # half a megabyte that only calibration needs
-
-    return (topics.topics[name] for name in sorted(topics.topics))
-
-
-def _files(text: Path) -> Iterator[str]:
-    held_out = set(_runs(_words("\n".join(evaluation_text()))))
-    for path in _paths(text):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError("the calibration text is not UTF-8", where=f"{path}, byte {error.start}") from error
-        except OSError as error:
-            raise UsageError("cannot read the calibration text", where=str(path), found=str(error)) from error
-        if any(run in held_out for run in _runs(_words(content))):
-            raise UsageError(
-                "the calibration text has text in it that is held out, for the measurements of verification",
-                where=str(path),
-                mend="Take other text.",
-            )
-        yield content
-
-
-def _paths(text: Path) -> list[Path]:
-    if not text.is_dir():
-        return [text]
-    try:
-        found = sorted(path for path in text.rglob("*") if path.suffix in (".txt", ".md") and path.is_file())
-    except OSError as error:
-        raise UsageError("cannot read the calibration text", where=str(text), found=str(error)) from error
-    if not found:
-        raise UsageError("the folder of calibration text is empty", where=str(text), expected=".txt or .md files")
-    return found
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[start : start + _RUN]) for start in range(len(words) - _RUN + 1))
+def _too_short(sequences: int, length: int, where: str, found: str) -> UsageError:
+    return UsageError(
+        "the calibration text is too short",
+        where=where,
+        expected=f"{sequences} sequences of {length} tokens",
+        found=found,
+        mend="Give more text, or lower calibration.sequences or calibration.length.",
+    )

@@ -136,7 +136,8 @@ def plan(
     """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
-    settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads))
+    with watcher() as watching:
+        settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads), watching)
     document = {
         "recipe": settled.name,
         "tensors": [
@@ -158,6 +159,7 @@ def plan(
             }
             for target, layout in made.layouts.items()
         },
+        "budget": made.assignment and made.assignment.as_dict(),
         "disk": made.disk,
         "peak_memory": dict(made.phases),
         "time": made.time and {part: round(seconds, 3) for part, seconds in made.time.parts().items()},
@@ -194,10 +196,16 @@ def compare(
         str | None, typer.Option("--model", help="The checkpoint they were made from. Default: the manifest's.")
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option("--sequences", min=1, help="Held-out texts to read. Default: as the first's recipe.")
+        int | None, typer.Option("--sequences", min=1, help="Texts to read. Default: as the first's recipe.")
     ] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens of each. Default: as the first's recipe.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", help="A file or folder of text to read, from its beginning. Default: the held-out text."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="A folder for compare.md, and compare.svg: size against KL.")
@@ -209,7 +217,7 @@ def compare(
     from tundish import comparison
 
     with watcher() as watching:
-        asked = comparison.Comparison(artifacts, model, sequences, length, out, threads)
+        asked = comparison.Comparison(artifacts, model, text, sequences, length, out, threads)
         document = comparison.compare(asked, watching.say)
     show(document, as_json, _comparison_text)
     failure = comparison.failure_of(document)
@@ -401,6 +409,8 @@ def _plan_text(document: dict[str, Any]) -> str:
     for target, entry in document["targets"].items():
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
         parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
+    if document["budget"] is not None:
+        parts.append(_budget_text(document["budget"]))
     peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())
     needs = [f"disk: {document['disk']:,} bytes", f"peak memory, about: {peaks} bytes, the verifying runtimes aside"]
     if document["time"] is not None:
@@ -408,6 +418,13 @@ def _plan_text(document: dict[str, Any]) -> str:
         total = _seconds(document["time"]["total"])
         needs.append(f"time, about: {total}, of which some runs at the same time ({named}); verification comes on top")
     return "\n\n".join([*parts, "\n".join(needs)])
+
+
+def _budget_text(budget: dict[str, Any]) -> str:
+    from tundish.front import front_rows, front_sentence
+
+    rows = front_rows(budget)
+    return f"{front_sentence(budget)}\n{_columns(rows, frozenset(range(1, len(rows[0]) - 1)))}"
 
 
 def _seconds(spent: float) -> str:

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from tundish.model import open_model
 from tundish.picture import Mark, require_matplotlib, size_against_kl
 from tundish.recipe import Recipe
 from tundish.report import table
-from tundish.verify import cut, divergence_of, held_out_ids, missing_runtime, reference_logits
+from tundish.settle import with_recorded_schemes
+from tundish.text_files import Conversation, read_texts, text_files
+from tundish.verify import cut, divergence_of, missing_runtime, reference_logits, stream_of
 
 REPORT, PICTURE = "compare.md", "compare.svg"
 TIMED_TOKENS = 33  # the first is not counted: the prompt's time is in it
@@ -45,10 +47,12 @@ SPEED = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What the command line asks for. `sequences` and `length` None: the evaluation of the first artifact's recipe."""
+    """What the command line asks for. `sequences` and `length` None: the evaluation of the first artifact's recipe;
+    `text` None: the held-out text."""
 
     artifacts: Sequence[Path]
     model: str | None = None
+    text: Path | None = None
     sequences: int | None = None
     length: int | None = None
     out: Path | None = None
@@ -112,14 +116,17 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
         require_undamaged(build.folder, dict(build.manifest), threads)
     first = artifacts[0].build
     source, stamp = recorded_source(dict(first.manifest["source"]), asked.model, threads)
-    models = {folder: open_model(source, build.recipe) for folder, build in builds.items()}
+    models = {
+        folder: with_recorded_schemes(open_model(source, build.recipe), build.recipe, build.manifest)
+        for folder, build in builds.items()
+    }
     count, length = _evaluation(asked, artifacts, models)
     model = models[first.folder]
     rows: list[dict[str, Any]] = []
     with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-compare-") as scratch:
         folder = Path(scratch)
-        sequences = cut(held_out_ids(model), count, length)
-        say(f"reference: the interpreter reads {count} × {length} held-out tokens in float32")
+        sequences = cut(stream_of(model, _texts(asked)), count, length)
+        say(f"reference: the interpreter reads {count} × {length} tokens of {_text_name(asked)} in float32")
         np.save(folder / "sequences.npy", sequences)
         reference = reference_logits(model, sequences, folder, "reference")
         measured: list[Measured] = []
@@ -131,7 +138,7 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     perplexities = [each.divergence.reference_perplexity for each in measured if each.divergence is not None]
     document = {
         "source": {key: first.manifest["source"][key] for key in ("name", "repo_id", "revision")},
-        "text": {"sequences": count, "length": length, "positions": count * length},
+        "text": {"name": _text_name(asked), "sequences": count, "length": length, "positions": count * length},
         "reference": {"perplexity": perplexities[0] if perplexities else None},
         "speed": SPEED,
         "artifacts": rows,
@@ -140,6 +147,19 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
         _write(document, asked.out)
         say(f"written: {asked.out / REPORT}")
     return document
+
+
+def _texts(asked: Comparison) -> Iterator[str]:
+    if asked.text is None:
+        yield from evaluation_text()
+        return
+    for path in text_files(asked.text.expanduser()):
+        for text in read_texts(path):
+            yield text.text if isinstance(text, Conversation) else text
+
+
+def _text_name(asked: Comparison) -> str:
+    return "held-out text" if asked.text is None else asked.text.name
 
 
 def failure_of(document: Mapping[str, Any]) -> GateError | None:
@@ -336,7 +356,7 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     """What has to be said about the table: its text, its speeds, and artifacts that lack figures."""
     text = document["text"]
     measured = (
-        f"KL(float32 model || artifact) in nats, over {text['positions']:,} positions of held-out text: "
+        f"KL(float32 model || artifact) in nats, over {text['positions']:,} positions of {text['name']}: "
         f"{text['sequences']} sequences of {text['length']} tokens."
     )
     notes = [f"{row['artifact']}: {row['note']}" for row in document["artifacts"] if row["note"]]

@@ -27,7 +27,9 @@ from converters.checkpoint import TensorSource
 from converters.graph import Graph, Weight
 from converters.interpret import interpret
 from converters.ops import Linear
+from converters.quantize.awq import AWQ_ROWS, awq_scales
 from converters.quantize.block import quantize_rows
+from converters.quantize.scheme import SCHEMES
 from converters.quantize.sequential import fittable
 from converters.quantize.tensor import U8
 from exporters.base import Layout, Place, Target
@@ -270,13 +272,15 @@ def _digest_speed(together: Together) -> float:
 
 def _calibration_seconds(graph: Graph, read: Reading) -> float:
     """Of the interpreter's reading: one sequence in its first block, as often as there are blocks and sequences. The
-    head is left out there too. Where layers are fitted two models read."""
+    head is left out there too. Where layers are fitted two models read, and one before where columns are scaled."""
     token_ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (1, read.length))
     last = [node.name for node in graph.nodes if node.layer == 0][-1]
     start = perf_counter()
     interpret(graph, token_ids, stop_at=last)
     seconds = (perf_counter() - start) * graph.config.num_layers * read.sequences
-    return 2 * seconds + _fit_seconds(graph, read.tokens) if read.fitted else seconds
+    seconds *= 1 + read.fitted + read.scaled
+    seconds += _fit_seconds(graph, read.tokens) if read.fitted else 0.0
+    return seconds + (_scale_seconds(graph) if read.scaled else 0.0)
 
 
 def _fit_seconds(graph: Graph, tokens: int) -> float:
@@ -293,3 +297,14 @@ def _fit_seconds(graph: Graph, tokens: int) -> float:
     products = sum(2 * tokens * width**2 for width in widths)  # of the model's inputs with themselves, and the floats'
     products += _FIT_PASSES * sum(_elements(weight) * weight.shape[1] for weight in fitted.values())
     return min(spent) * products / (sample.size * sample.shape[1])
+
+
+def _scale_seconds(graph: Graph) -> float:
+    """Of the search for factors of columns, from one such search: what it costs grows with the square of the width."""
+    widths = [graph.weights[node.op.weights[0]].shape[1] for node in graph.nodes if isinstance(node.op, Linear)][:-1]
+    width = min(widths)
+    rows = np.random.default_rng(0).standard_normal((AWQ_ROWS, width), np.float32)
+    moments = rows.T @ rows
+    start = perf_counter()
+    awq_scales([rows], moments, SCHEMES["int4_g32"])
+    return (perf_counter() - start) * sum((each / width) ** 2 for each in widths)

@@ -36,6 +36,7 @@ from tundish.pour import pour
 from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
 from tundish.recipe import Recipe, load_recipe, recipe_digest
 from tundish.report import write_report
+from tundish.settle import settle_schemes, with_recorded_schemes
 from tundish.signals import deferred_signals
 from tundish.verify import TargetResult, verify
 
@@ -51,6 +52,9 @@ class Watcher:
     start: Callable[[str, int], None]
     advance: Callable[[int], None]
     published: Callable[[], None] = lambda: None
+
+
+SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +91,18 @@ def settle_source(choices: Choices, recipe: Recipe) -> Source:
     return find_source(recipe.model.source, recipe.model.revision)
 
 
-def plan_job(choices: Choices) -> tuple[Recipe, Plan]:
+def plan_job(choices: Choices, watcher: Watcher = SILENT) -> tuple[Recipe, Plan]:
     """What a build would write and need; writes a temporary file to measure the disk, and nothing else.
 
-    What this machine lacks for it is its `shortage`; the time is measured where there is none.
+    What this machine lacks for it is its `shortage`; the time is measured where there is none. A budget has the
+    sensitivity of every matrix measured, which takes minutes.
     """
     start = perf_counter()
     recipe = settle_recipe(choices)
     threads = choices.threads or cores()
     source = settle_source(choices, recipe)
-    model = open_model(source, recipe)
-    plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
+    model, assignment = settle_schemes(open_model(source, recipe), recipe, watcher.start, watcher.advance)
+    plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
     prepare = perf_counter() - start - plan.compiling  # once: the next build finds them
     out = output(choices, recipe)
     shortage = shortage_of(plan, out)
@@ -132,9 +137,9 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     stamp = source_stamp(source.folder)
     files = source_files(source.folder).values()
     with blaming_changes(source.folder, stamp), digesting(files) as inputs:
-        model = open_model(source, recipe)
+        model, assignment = settle_schemes(open_model(source, recipe), recipe, watcher.start, watcher.advance)
         watcher.say("planning; kernels that were never used here are compiled")
-        plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
+        plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
         shortage = shortage_of(plan, out)
         if shortage is not None:
             raise shortage
@@ -142,7 +147,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
             with staging(out) as scratch:
                 calibrated = calibrate(model, recipe, scratch, watcher.say, watcher.start, watcher.advance)
                 watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-                poured = pour(model.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
+                poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
             require_unchanged(source.folder, stamp)
             manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
             require_unchanged(source.folder, stamp)
@@ -217,7 +222,7 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
     source, stamp = recorded_source(manifest["source"], model, count)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     with blaming_changes(source.folder, stamp):
-        opened = open_model(source, recipe)
+        opened = with_recorded_schemes(open_model(source, recipe), recipe, manifest)
         results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
     require_unchanged(source.folder, stamp)
     _record(manifest, results, folder, folder)

@@ -50,6 +50,7 @@ def build_manifest(
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(recipe),
         "calibration": None if calibration is None else dict(calibration),
+        "budget": plan.assignment and plan.assignment.as_dict(),
         "context_length": model.context_length,
         "libraries": {name: version(name) for name in ("numpy", "numba", "gguf", "tokenizers")}
         | {"python": platform.python_version()},

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import psutil
 
 from converters.direct_io import CHUNK
 from converters.errors import ResourceError, UsageError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
-from converters.ops import MAX_SCORES, MAX_WEIGHTS
+from converters.ops import MAX_SCORES, MAX_WEIGHTS, Linear
 from converters.passes.assign import requested_scheme
 from converters.quantize.scheme import NumberType
 from converters.quantize.sequential import fittable
@@ -29,6 +30,9 @@ from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCKS_AHEAD, row_blocks
 from tundish.recipe import Recipe
 from tundish.verify import LONG_TAIL, evaluation_shape, long_length
+
+if TYPE_CHECKING:  # it brings a solver, which few recipes need
+    from tundish.budget import Assignment
 
 # What a thread holds of a block at most, in bytes a number. All have the float32 rows beside those of the checkpoint or
 # beside what they are turned into; floats are then copied to be packed, and twice in float32 for their digest.
@@ -67,6 +71,7 @@ class Plan:
     time: Time | None = None  # None: not measured
     compiling: float = 0.0  # seconds in which kernels were compiled, or loaded where they had been
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
+    assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
 
     @property
     def memory(self) -> int:
@@ -160,6 +165,14 @@ def _calibration_bytes(graph: Graph, read: Reading) -> int:
         return alone
     tokenizer = graph.config.vocab_size * _TOKENIZER_ENTRY
     activations = 4 * read.tokens * _widest_moment(graph)
+    if read.scaled:  # a Linear's matrices, and again as one; their Hessian
+        linear = [
+            [graph.weights[name].shape for name in node.op.weights]
+            for node in graph.nodes
+            if isinstance(node.op, Linear)
+        ]
+        stacked = [(sum(rows for rows, _ in shapes), shapes[0][1]) for shapes in linear[:-1]]
+        alone = max(alone, max(4 * (2 * rows * width + 3 * width**2) for rows, width in stacked))
     if not read.fitted:
         return tokenizer + activations + alone
     fits = [
@@ -211,7 +224,8 @@ def _row(graph: Graph, weight: Weight, recipe: Recipe, layouts: Mapping[Target, 
         target: sum(place.row_nbytes * weight.shape[0] for place in layout.places[weight.name])
         for target, layout in layouts.items()
     }
-    return Row(weight.name, weight.shape, weight.scheme.name, requested.name, nbytes)
+    name = weight.scheme.name
+    return Row(weight.name, weight.shape, name, name if recipe.budget else requested.name, nbytes)
 
 
 def require_modules(exporter: Exporter) -> None:

@@ -35,6 +35,7 @@ from converters.quantize.scheme import SCHEMES, Scheme
 from converters.role import Role
 from exporters.options import OPTIONS, TargetOptions
 from exporters.target import Target
+from tundish.budget_size import EXPECTED, PATTERN, BudgetSize, parse_budget
 from tundish.library import LIBRARY, NOT_INHERITED, recipe_names
 from tundish.recipe_errors import locate, problems_of
 from tundish.recipe_yaml import SUFFIX, Files, Json, Located, Problem, raise_all, resolve
@@ -150,20 +151,34 @@ class CalibrationSource(StrEnum):
     NONE = "none"
     RANDOM_TOKENS = "random-tokens"
     TEXT = "text"
+    DATASET = "dataset"
+    SELF = "self"
     IMATRIX = "imatrix"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model reads sequences of text."""
+        return self in (CalibrationSource.TEXT, CalibrationSource.DATASET, CalibrationSource.SELF)
 
 
 class Calibration(_Part):
     """What the quantizer learns from.
 
     `random-tokens` needs no text: see converters.quantize.importance. `text` reads sequences of a file's or a folder's
-    text, by default Python's own documentation. `imatrix` takes what llama.cpp measured. A relative file is looked for
-    from the working directory, like a model's folder.
+    text, by default Python's own documentation; `dataset` a dataset's of the Hub; `self` what the model writes itself,
+    token by token. `imatrix` takes what llama.cpp measured. A relative file is looked for from the working directory,
+    like a model's folder.
     """
 
     source: CalibrationSource = CalibrationSource.NONE
     tokens: Count = Field(default=128, description="of random-tokens")
-    text: Text | None = Field(default=None, description="a file, or a folder of .txt and .md files; default: built in")
+    text: Text | None = Field(
+        default=None, description="a file or a folder of .txt, .md, .jsonl, .json or .parquet; default: built in"
+    )
+    dataset: Text | None = Field(default=None, description="a dataset's id on the Hub, for source dataset")
+    revision: Text | None = Field(default=None, description="of the dataset; the manifest records the commit")
+    files: Text | None = Field(default=None, description='of the dataset, such as "data/train-*.parquet"')
+    chat: Flag = Field(default=False, description="text goes through the model's chat template, as a user's messages")
     sequences: Count = Field(default=64, description="of text")
     length: Count = Field(default=512, description="tokens of each sequence of text")
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
@@ -181,7 +196,63 @@ class Method(StrEnum):
     """How the codes of an integer scheme are chosen. Other schemes round to nearest, with importances if calibrated."""
 
     RTN = "rtn"
+    HQQ = "hqq"
+    AWQ = "awq"
     GPTQ = "gptq"
+    AWQ_GPTQ = "awq+gptq"
+
+    @property
+    def scales(self) -> bool:
+        """Whether columns are scaled before they are quantized: converters.quantize.awq."""
+        return self in (Method.AWQ, Method.AWQ_GPTQ)
+
+    @property
+    def fits(self) -> bool:
+        """Whether layers are fitted to what the float model computes: converters.quantize.gptq."""
+        return self in (Method.GPTQ, Method.AWQ_GPTQ)
+
+
+def _budget_size(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(EXPECTED)
+    parse_budget(text)
+    return text
+
+
+class Sensitivity(StrEnum):
+    """How it is found what each matrix costs in fewer bits."""
+
+    ESTIMATED = "estimated"
+    MEASURED = "measured"
+
+
+class Budget(_Part):
+    """What the largest artifact may take. Matrices then get the schemes that cost the least (tundish.budget): those
+    that the recipe gives them, or alternatives."""
+
+    size: Annotated[str, PlainValidator(_budget_size), WithJsonSchema({"type": "string", "pattern": PATTERN})] = Field(
+        description="bytes of the largest artifact, such as 1.9GB, 92MB or 88MiB, or 120% of those of all matrices "
+        "in the recipe's own schemes; or bits a weight, such as 4.5bpw"
+    )
+    schemes: tuple[SchemeName, ...] = Field(
+        default=(), description="alternatives to the default scheme; if none: a list of those that all targets hold"
+    )
+    fixed: tuple[Role, ...] = Field(default=(), description="roles whose matrices keep the recipe's own scheme")
+    sensitivity: Sensitivity = Field(
+        default=Sensitivity.ESTIMATED,
+        description="estimated: from gradients, in minutes; measured: a run of the model for each matrix",
+    )
+
+    @property
+    def parsed(self) -> BudgetSize:
+        """The size in numbers."""
+        return parse_budget(self.size)
+
+
+def _budget(data: object) -> object:
+    if data is None or isinstance(data, Mapping | Budget):
+        return data
+    return {"size": _budget_size(data)}
 
 
 class Evaluation(_Part):
@@ -294,9 +365,12 @@ class Recipe(_Part):
     context: Count | Literal["full"] = Field(description="context length in tokens, at most the model's; or 'full'")
     schemes: Schemes
     method: Method = Field(
-        default=Method.RTN, description="rtn: round to nearest; gptq: fit each layer's output on calibration text"
+        default=Method.RTN,
+        description="rtn: round to nearest; hqq: half-quadratic, without data; on calibration text, awq: scale columns "
+        "by what drives them, gptq: fit each layer's output, awq+gptq: both",
     )
     calibration: Calibration = Calibration()
+    budget: Annotated[Budget | None, BeforeValidator(_budget, json_schema_input_type=Budget | str | None)] = None
     targets: Annotated[
         Mapping[Target, SerializeAsAny[TargetOptions]],
         Field(min_length=1),
@@ -435,6 +509,10 @@ def _contradictions(recipe: Recipe, located: Located) -> list[Problem]:
             where = locate(located, ("verify", "required"))[0].where
             expected = "some of " + ", ".join(recipe.targets) + "; an inherited list is replaced by a new one"
             problems.append(Problem("required target that the recipe does not make", where, expected, target))
+    if recipe.budget is not None and not _starts_budget(recipe.schemes.default):
+        where = locate(located, ("schemes", "default"))[0].where
+        expected = "a quantized scheme, such as int4_g32"
+        problems.append(Problem("a budget needs a scheme to start from", where, expected, recipe.schemes.default.name))
     for target in recipe.targets:
         length = recipe.verify.for_target(target).text.length
         if recipe.context != "full" and length > recipe.context:
@@ -452,15 +530,28 @@ def _calibration_contradictions(recipe: Recipe, located: Located) -> list[Proble
     if source is CalibrationSource.IMATRIX and calibration.file is None:
         where = locate(located, ("calibration", "source"))[0].where
         problems.append(Problem("calibration by an importance matrix needs its file", where, "calibration.file"))
-    readers = {"file": CalibrationSource.IMATRIX, "text": CalibrationSource.TEXT}
+    if source is CalibrationSource.DATASET and calibration.dataset is None:
+        where = locate(located, ("calibration", "source"))[0].where
+        problems.append(Problem("calibration by a dataset needs its id", where, "calibration.dataset"))
+    readers = {
+        "file": CalibrationSource.IMATRIX,
+        "text": CalibrationSource.TEXT,
+        **dict.fromkeys(("dataset", "revision", "files"), CalibrationSource.DATASET),
+    }
     for key, reader in readers.items():
         if getattr(calibration, key) is not None and source is not reader:
             where = locate(located, ("calibration", key))[0].where
             problems.append(Problem(f"calibration.{key} is not used", where, f"source {reader}", source))
-    if recipe.method is Method.GPTQ and source is not CalibrationSource.TEXT:
+    if (recipe.method.fits or recipe.method.scales) and not source.is_text:
         where = locate(located, ("method",))[0].where
-        problems.append(Problem("gptq needs text to learn from", where, "calibration: {source: text}", source))
+        problems.append(
+            Problem(f"{recipe.method} needs text to learn from", where, "calibration: {source: text}", source)
+        )
     return problems
+
+
+def _starts_budget(default: Scheme | Mix) -> bool:
+    return isinstance(default, Scheme) and default.is_quantized
 
 
 def schema_text() -> str:

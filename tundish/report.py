@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from tundish.front import front_rows, front_sentence
+
 _MARKS = {True: "passed", False: "FAILED", None: "not verified"}
 
 
@@ -24,6 +26,9 @@ def write_report(manifest: dict[str, Any]) -> str:
         "## Weights",
         _weights(manifest),
     ]
+    if manifest.get("budget") is not None:
+        rows = front_rows(manifest["budget"])
+        parts += ["## Budget", front_sentence(manifest["budget"]), table(rows[0], rows[1:])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _not_verified(target: Target, missing: Sequence[str], recipe: Recipe) -> Tar
 def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, threads: int) -> Reference:
     """Token ids, held-out sequences and their float32 logits."""
     texts = (*TOKEN_CORPUS, *_special_texts(model))
-    stream = held_out_ids(model)
+    stream = stream_of(model, evaluation_text())
     sequences = cut(stream, *evaluation_shape(recipe, model.context_length))
     long_sequences = None
     beyond = long_length(model)
@@ -160,11 +160,11 @@ def long_length(model: Model) -> int | None:
     return min(rope.original_context + LONG_TAIL, model.context_length)
 
 
-def held_out_ids(model: Model) -> NDArray[np.int64]:
-    """The held-out text as one stream of token ids."""
+def stream_of(model: Model, texts: Iterable[str]) -> NDArray[np.int64]:
+    """Texts as one stream of token ids."""
     fast = FastTokenizer.from_str(ensure_tokenizer_json(model.tokenizer))
     fast.no_truncation()
-    ids = [fast.encode(text, add_special_tokens=False).ids for text in evaluation_text()]
+    ids = [fast.encode(text, add_special_tokens=False).ids for text in texts]
     return np.array([token for text in ids for token in text], np.int64)
 
 
@@ -173,7 +173,7 @@ def cut(stream: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]
     available = len(stream) // length
     if available < count:
         raise ModelError(
-            "the held-out text is too short for the evaluation",
+            "the text is too short for the evaluation",
             expected=f"{count} sequences of {length} tokens",
             found=f"{available}",
             mend="Lower verify.text in the recipe, or what --sequences and --length ask for.",
@@ -252,6 +252,7 @@ def _verify_target(
         artifact=str(artifact),
         source=str(source.folder),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
+        schemes={name: weight.scheme.name for name, weight in model.graph.weights.items()},
         folder=str(folder),
         texts=list(reference.texts),
         sequences=str(folder / "sequences.npy"),

@@ -11,13 +11,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.chat import render_chat
+from converters.passes.assign import with_schemes
+from converters.quantize.scheme import scheme_named
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
@@ -39,6 +41,7 @@ class Request:
     artifact: str
     source: str
     recipe: dict[str, Any]
+    schemes: dict[str, str]  # of the weights, by name: a budget may have chosen them
     folder: str
     texts: list[str]
     sequences: str
@@ -60,6 +63,8 @@ def run(request: Request) -> None:
             events.write(json.dumps({"step": step, **result}) + "\n")
 
     model = open_model(Source(request.source, Path(request.source), None, None), recipe)
+    schemes = {name: scheme_named(scheme) for name, scheme in request.schemes.items()}
+    model = replace(model, graph=with_schemes(model.graph, schemes))
     digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from converters.config import RopeKind
@@ -64,13 +65,13 @@ class OpenvinoExporter:
                 _check_weight(weight, device)
 
     def layout(self, model: Model, options: TargetOptions) -> Layout:
-        from exporters.openvino.tokenizer import convert_tokenizer
-
         self.check(model, options)
         network = network_layout(model, options)
         files, config = tokenizer_files(model), config_json(model)
         described = {"config.json": config, "generation_config.json": encode_json(generation_config(model))}
-        return replace(network, small={**files, **convert_tokenizer(files, config), **described, **network.small})
+        return replace(
+            network, small={**files, **_converted(tuple(files.items()), config), **described, **network.small}
+        )
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         rope, context = model.graph.config.rope, model.context_length
@@ -105,6 +106,14 @@ class OpenvinoExporter:
 
     def devices(self) -> list[str]:
         return examine.devices()
+
+
+@lru_cache(maxsize=1)
+def _converted(files: tuple[tuple[str, bytes], ...], config: bytes) -> Mapping[str, bytes]:
+    """The tokenizer's models, which take seconds: kept for whoever lays out one model under several schemes."""
+    from exporters.openvino.tokenizer import convert_tokenizer
+
+    return convert_tokenizer(dict(files), config)
 
 
 def network_layout(model: Model, options: TargetOptions) -> Layout:

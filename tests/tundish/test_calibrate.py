@@ -23,8 +23,9 @@ from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import calibrate as calibrating
 from tundish.calibrate import Calibrated, calibrate
-from tundish.calibration_text import calibration_sequences
+from tundish.calibration_text import Documentation, calibration_sequences
 from tundish.digest import digest_of
+from tundish.documentation import NAME
 from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.recipe import load_recipe
@@ -94,16 +95,17 @@ def test_gptq_gives_every_container_the_same_numbers(checkpoint: Path, tmp_path:
         for target in Target:
             np.testing.assert_array_equal(values, read[target][name], err_msg=f"{target} {name}")
         assert digest_of(values) == manifest["weights"][name]["digest"]
-    token_ids = calibration_sequences(model, None, 4, 64, seed=3)
+    token_ids = calibration_sequences(model, Documentation(), 4, 64, seed=3)
     digest = hashlib.sha256(token_ids.astype("<i8").tobytes()).hexdigest()
     assert manifest["calibration"] == {
         "source": "text",
         "method": "gptq",
-        "text": "pydoc_data.topics",
+        "text": NAME,
         "token_ids_sha256": digest,
         "sequences": 4,
         "length": 64,
         "seed": 3,
+        "chat": False,
     }
     rounded = write_recipe(tmp_path / "rtn.yaml", checkpoint, schemes=schemes, **(GPTQ | {"method": "rtn"}))
     build(Choices(str(rounded), out=tmp_path / "rtn", targets=[Target.GGUF], verify=False), QUIET)
@@ -117,6 +119,22 @@ def test_gptq_gives_every_container_the_same_numbers(checkpoint: Path, tmp_path:
 
     assert off(read[Target.GGUF]) < 0.8 * off(plain)
     np.testing.assert_array_equal(plain["embedding"], read[Target.GGUF]["embedding"])
+
+
+@pytest.mark.parametrize("method", ["hqq", "awq", "awq+gptq"])
+def test_other_methods_compute_the_same_model(checkpoint: Path, tmp_path: Path, method: str) -> None:
+    """In its runtime the artifact answers like the float model, scaled columns and what undoes them together."""
+    verify = {"text": {"sequences": 4, "length": 64}, "gates": {"kl": 0.4, "stops": False}}
+    schemes = {"default": "int4_g32", "overrides": {"embedding": "int8_g32", "lm_head": "int8_g32"}}
+    keys = GPTQ | {"method": method, "targets": {"gguf": {}}, "verify": verify}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, schemes=schemes, **keys)
+    manifest = build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
+    assert manifest["calibration"]["method"] == method
+    weights = manifest["weights"]
+    rounded = write_recipe(tmp_path / "rtn.yaml", checkpoint, schemes=schemes, **keys | {"method": "rtn"})
+    plain = build(Choices(str(rounded), out=tmp_path / "rtn", verify=False), QUIET)["weights"]
+    differing = {name for name in weights if weights[name].get("digest") != plain[name].get("digest")}
+    assert {"blocks.0.attn_q", "blocks.1.mlp_down"} <= differing
 
 
 def test_text_weighs_the_errors_of_block_types_and_gptq_leaves_these_to_it(checkpoint: Path, tmp_path: Path) -> None:

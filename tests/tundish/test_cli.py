@@ -373,7 +373,7 @@ from tundish import cli
 rmtree = shutil.rmtree
 
 def interrupted(folder, **options):
-    if Path(folder).name.startswith(".out."):  # others remove temporary folders too
+    if (Path(folder) / "manifest.json").exists():  # the build before; temporary folders are removed, too
         signal.raise_signal(signal.SIGTERM)
     rmtree(folder, **options)
 

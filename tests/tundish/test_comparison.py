@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters.errors import GateError, UsageError
+from converters.errors import GateError, ModelError, UsageError
 from exporters.base import Answer, Target
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish.comparison import Comparison, compare, failure_of, find_artifacts, remarks, table_rows
+from tundish.heldout import evaluation_text
 from tundish.job import Choices, build, verify_again
 from tundish.measure import tokens_per_second
 
@@ -40,13 +41,26 @@ def ask(*artifacts: Path, **rest: Any) -> dict[str, Any]:
     return compare(Comparison(artifacts, threads=1, **rest), lambda text: None)
 
 
+def test_other_text(builds: Sequence[Path], tmp_path: Path) -> None:
+    """What a file begins with is read; the same words give the same figures as the held-out text."""
+    text = tmp_path / "mine.txt"
+    text.write_text(evaluation_text()[0] * 2, encoding="utf-8")
+    document = ask(builds[1], text=text)
+    assert document["text"] == {"name": "mine.txt", "sequences": 1, "length": 64, "positions": 64}
+    assert "64 positions of mine.txt" in remarks(document)[0]
+    assert document["artifacts"][0]["kl_mean"] == pytest.approx(ask(builds[1])["artifacts"][0]["kl_mean"], rel=1e-9)
+    text.write_text("too little")
+    with pytest.raises(ModelError, match="too short for the evaluation"):
+        ask(builds[1], text=text)
+
+
 def test_figures_are_those_of_a_verification(builds: Sequence[Path], tmp_path: Path) -> None:
     floats, ours = builds
     copy = tmp_path / "int4"
     shutil.copytree(ours, copy)
     document = ask(floats / "gguf", ours)
     assert [row["artifact"] for row in document["artifacts"]] == ["float/gguf", "int4/gguf"]
-    assert document["text"] == {"sequences": 1, "length": 64, "positions": 64}
+    assert document["text"] == {"name": "held-out text", "sequences": 1, "length": 64, "positions": 64}
     exact, rounded = document["artifacts"]
     figures = verify_again_figures(copy)
     for name in ("kl_mean", "kl_p99", "top1", "perplexity"):

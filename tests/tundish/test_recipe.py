@@ -53,6 +53,7 @@ SHIPPED = {
     "all-fp16": (Device.ANY, {GGUF, ONNX, OPENVINO, MLX}, "fp16"),
     "all-fp32": (Device.ANY, {GGUF, ONNX, OPENVINO, MLX}, "fp32"),
 }
+FITTED = {"phi35-best-int4": "100%", "phi35-quality-int4": "120%"}
 MIXES_SHIPPED = ["q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m", "q6_k"]  # of Phi-3.5 for GGUF
 SOURCES = {"phi35": "microsoft/Phi-3.5-mini-instruct", "phi4-mini": "microsoft/Phi-4-mini-instruct"}
 
@@ -95,7 +96,7 @@ def message(path: Path | str) -> str:
 
 def test_every_asked_for_recipe_ships_and_no_other() -> None:
     mixes = [f"phi35-gguf-{mix}" for mix in MIXES_SHIPPED]
-    assert recipe_names() == sorted([*(f"{model}-{name}" for model in SOURCES for name in SHIPPED), *mixes])
+    assert recipe_names() == sorted([*(f"{model}-{name}" for model in SOURCES for name in SHIPPED), *mixes, *FITTED])
 
 
 @pytest.mark.parametrize("model", SOURCES)
@@ -120,7 +121,21 @@ def test_shipped_recipe(model: str, name: str) -> None:
 
 def test_listing_has_distinct_descriptions_for_one_model() -> None:
     phi35 = [recipe for recipe in list_recipes() if recipe.name.startswith("phi35-")]
-    assert len({recipe.description for recipe in phi35}) == len(phi35) == len(SHIPPED) + len(MIXES_SHIPPED)
+    assert (
+        len({recipe.description for recipe in phi35}) == len(phi35) == len(SHIPPED) + len(MIXES_SHIPPED) + len(FITTED)
+    )
+
+
+@pytest.mark.parametrize(("name", "budget"), FITTED.items())
+def test_fitted_recipe(name: str, budget: str) -> None:
+    """Uniform int4 is what the budget is a share of, and every container has to pass."""
+    recipe = load_recipe(name)
+    assert recipe.schemes.default is SCHEMES["int4_g32"] and set(recipe.verify.required) == set(recipe.targets) == set(
+        OPTIONS
+    )
+    assert {scheme.name for scheme in recipe.schemes.overrides.values()} == {"int8_g32"}
+    assert recipe.budget is not None and recipe.budget.size == budget and not recipe.budget.fixed
+    assert recipe.method.fits and recipe.calibration.source.is_text
 
 
 @pytest.mark.parametrize("mix", MIXES_SHIPPED)
@@ -340,7 +355,7 @@ MISTAKES = {
     "unknown key at the top": (
         GOOD + "contxt: 3\n",
         "unknown key 'contxt' (mine.yaml:12); expected one of extends, name, description, device, model, context, "
-        "schemes, method, calibration, targets, verify. Did you mean context?",
+        "schemes, method, calibration, budget, targets, verify. Did you mean context?",
     ),
     "unknown target": (
         GOOD.replace("gguf: {}", "gguff: {}"),

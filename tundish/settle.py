@@ -1,0 +1,68 @@
+"""Which scheme each matrix has: the recipe's by role, or what its budget comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.passes.assign import with_schemes
+from converters.quantize.scheme import scheme_named
+from exporters.base import Model
+from exporters.registry import EXPORTERS
+from tundish.calibrate import calibration_ids, known_importance, origin_of
+from tundish.plan import require_modules
+from tundish.recipe import CalibrationSource, Recipe, Sensitivity
+
+if TYPE_CHECKING:  # it brings a solver, which few recipes need
+    from tundish.budget import Assignment
+
+_SENSITIVITY_TOKENS = 8, 64  # sequences, tokens of each: each sequence is one draw for the estimate's gradients
+
+
+def settle_schemes(
+    model: Model, recipe: Recipe, start: Callable[[str, int], None], advance: Callable[[int], None]
+) -> tuple[Model, Assignment | None]:
+    """The model with the schemes that the recipe's budget chooses; as it is without one.
+
+    `start` is told what begins and the count that `advance` then reaches. UsageError if a target refuses a scheme of
+    the budget, or the budget is out of reach.
+    """
+    if recipe.budget is None:
+        return model, None
+    from tundish.budget import Containers, assign_by_budget
+
+    for target in recipe.targets:
+        require_modules(EXPORTERS[target])
+    assignment = assign_by_budget(
+        recipe.budget.parsed,
+        recipe.budget.schemes,
+        Containers(model, recipe.targets, EXPORTERS),
+        frozenset(recipe.budget.fixed),
+        lambda: known_importance(model, recipe),
+        _sensitivity_tokens(model, recipe),
+        recipe.budget.sensitivity is Sensitivity.MEASURED,
+        start,
+        advance,
+    )
+    return replace(model, graph=with_schemes(model.graph, assignment.schemes)), assignment
+
+
+def _sensitivity_tokens(model: Model, recipe: Recipe) -> NDArray[np.int64]:
+    """What the model reads while it is found what its matrices cost: some of its calibration text, or random tokens."""
+    sequences, length = _SENSITIVITY_TOKENS
+    if recipe.calibration.source in (CalibrationSource.TEXT, CalibrationSource.DATASET):
+        return calibration_ids(model, recipe.calibration, origin_of(recipe.calibration), sequences, length)
+    random = np.random.default_rng(recipe.calibration.seed)
+    return random.integers(0, model.graph.config.vocab_size, (sequences, length))
+
+
+def with_recorded_schemes(model: Model, recipe: Recipe, manifest: Mapping[str, Any]) -> Model:
+    """The model with the schemes of the manifest's weights, where a budget chose them."""
+    if recipe.budget is None:
+        return model
+    schemes = {name: scheme_named(entry["scheme"]) for name, entry in manifest["weights"].items()}
+    return replace(model, graph=with_schemes(model.graph, schemes))
