@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from converters.passes.assign import with_schemes
 from converters.quantize.scheme import scheme_named
+from converters.quantize.sequential import fittable
 from exporters.base import Model
 from exporters.registry import EXPORTERS
 from tundish.calibrate import calibration_ids, known_importance, origin_of
@@ -45,6 +46,7 @@ def settle_schemes(
         lambda: known_importance(model, recipe),
         _sensitivity_tokens(model, recipe),
         recipe.budget.sensitivity is Sensitivity.MEASURED,
+        frozenset(weight.name for weight in fittable(model.graph)) if recipe.method.fits else frozenset(),
         start,
         advance,
     )

@@ -55,6 +55,7 @@ def quantize_gptq(
     deficit: F32 | None = None,
     *,
     damping: float = 0.01,
+    match_damping: float = 0.1,
     shrinkage: float = 0.1,
     sweeps: int = 4,
 ) -> QuantTensor:
@@ -65,6 +66,7 @@ def quantize_gptq(
     deficit: (R0 - R) X^T on the same scale, f32[out, in], where the output is added to R, in the float model to R0.
     damping: part of the mean of H's diagonal that is added to the diagonal; ten times as much, and again, if H is
              singular with it. Columns whose inputs were always 0 are just rounded.
+    match_damping: the same where the weights are changed to match the float model, which overfits sooner.
     shrinkage: part of each H_jj that is added to it, which is to say that the correlations between inputs are trusted
              that much less in other text than the calibration's.
     sweeps:  at most so many after GPTQ; fewer if one changes nothing.
@@ -82,7 +84,7 @@ def quantize_gptq(
     order = _column_order(diagonal, group)
     factor, damp = _factorize_damped(hessian, order, damping * mean, mean, shrinkage * diagonal)
     if cross is not None or deficit is not None:
-        weight = _match(weight, hessian, cross, deficit, damp)
+        weight = _match(weight, hessian, cross, deficit, damp + np.float32((match_damping - damping) * mean))
     state = _State(np.ascontiguousarray(weight.T[order]), scheme)
     _quantize(state, factor)
     del factor

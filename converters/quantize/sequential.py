@@ -84,10 +84,9 @@ class _Stream:
 
 
 def fittable(graph: Graph) -> list[Weight]:
-    """The weights that a fit may quantize: matrices of an integer scheme that Linears use, and nothing but Linears."""
-    embedded = {name for node in graph.nodes if isinstance(node.op, Embedding) for name in node.op.weights}
+    """The weights that a fit may quantize: matrices of an integer scheme that Linears use."""
     used = (graph.weights[name] for node in graph.nodes if isinstance(node.op, Linear) for name in node.op.weights)
-    return [weight for weight in used if weight.scheme.is_integer and weight.name not in embedded]
+    return [weight for weight in used if weight.scheme.is_integer]
 
 
 def float_hessians(graph: Graph, token_ids: NDArray[np.int64]) -> Iterator[tuple[Node, F32]]:
@@ -109,7 +108,6 @@ def quantize_sequentially(
     graph: Graph,
     token_ids: NDArray[np.int64],
     fit: Fit | None = None,
-    follow_floats: bool = True,
     advance: Callable[[int], None] = lambda elements: None,
 ) -> dict[str, F32]:
     """Fit every fittable matrix on token_ids i64[sequences, length]; none without `fit`.
@@ -121,7 +119,8 @@ def quantize_sequentially(
     last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     fitted = {weight.name for weight in fittable(graph)} if fit else set()
     quantized = _Stream({TOKEN_IDS: token_ids})
-    floats = _Stream({TOKEN_IDS: token_ids}) if fitted and follow_floats else None
+    floats = _Stream({TOKEN_IDS: token_ids}) if fitted else None
+    embedded = {name for node in graph.nodes if isinstance(node.op, Embedding) for name in node.op.weights}
     addends = _addends(graph)
     importance: dict[str, F32] = {}
     for index, node in enumerate(graph.nodes):
@@ -129,7 +128,9 @@ def quantize_sequentially(
         used = stored
         if isinstance(node.op, Linear):
             if fit and not fitted.isdisjoint(stored):
-                moments = _moments(node, quantized, floats, addends.get(node.name))
+                # A tied embedding is not changed to match the head's outputs: its rows are inputs as well.
+                matched = None if not embedded.isdisjoint(stored) else floats
+                moments = _moments(node, quantized, matched, addends.get(node.name))
                 square: NDArray[np.floating] = np.diagonal(moments.hessian)
                 counts = importance_at(node, square, _READ)
                 used = {**stored, **_fitted(graph, node, moments, fit, fitted)}
