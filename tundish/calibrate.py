@@ -16,7 +16,8 @@ from converters.errors import ModelError, UsageError
 from converters.file_digest import sha256_of
 from converters.graph import Graph, Weight
 from converters.ops import Linear
-from converters.quantize.awq import fold_awq
+from converters.passes.fold import fold_scales
+from converters.quantize.awq import find_scales
 from converters.quantize.block import Rounding, quantize_rows, read_rows
 from converters.quantize.codes import CodeStore
 from converters.quantize.gptq import quantize_gptq
@@ -27,7 +28,6 @@ from converters.quantize.sequential import Moments, fittable, quantize_sequentia
 from converters.quantize.tensor import F32, QuantTensor, Tensor
 from exporters.base import Model
 from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
-from tundish.disk import disk_errors
 from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
 
 FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
@@ -54,6 +54,33 @@ class Calibrated:
         if self.codes is not None and weight.name in self.codes:
             return self.codes.rows(weight.name, start, stop)
         return quantize_rows(weight, start, stop, self.importance.get(weight.name), self.rounding)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """Where a text comes from, and its tokens i64[sequences, length]; None where the model is to write them."""
+
+    origin: Origin
+    token_ids: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What reading a text came to, which is worth keeping: it takes minutes to hours.
+
+    importance: f32[in] by weight name; scales: what passes.fold.fold_scales takes; codes: of matrices that were fitted.
+    """
+
+    token_ids_sha256: str
+    importance: Mapping[str, F32]
+    scales: Mapping[str, F32]
+    codes: CodeStore | None
+
+
+Find = Callable[[Path], Findings]
+"""Has the model read; codes stay in the folder given."""
+Keep = Callable[[Find], Findings]
+"""The findings, which may have been kept from an earlier time. Their codes stay until they are poured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +151,28 @@ def warm_up_fit(graph: Graph) -> None:
         quantize_gptq(np.ones((1, width), np.float32), np.eye(width, dtype=np.float32), scheme)
 
 
+def calibration_text(model: Model, recipe: Recipe) -> CalibrationText | None:
+    """The text that the recipe has the model read, if it does. UsageError says what is wrong with it."""
+    read = reading(model, recipe)
+    if not read.together:
+        return None
+    origin = origin_of(recipe.calibration)
+    if isinstance(origin, OwnText):
+        return CalibrationText(origin, None)
+    token_ids = calibration_ids(model, recipe.calibration, origin, read.sequences, read.length)
+    return CalibrationText(origin, token_ids)
+
+
 def calibrate(
     model: Model,
     recipe: Recipe,
-    folder: Path,
+    text: CalibrationText | None,
+    keep: Keep,
     say: Callable[[str], None],
     start: Callable[[str, int], None],
     advance: Callable[[int], None],
 ) -> Calibrated:
-    """Do what the recipe asks for. Codes are kept in `folder`, which has to stay until they are poured.
+    """Do what the recipe asks for. `text` is what calibration_text gave, `keep` knows what was found in it before.
 
     `say` is told what begins; `start` the number of elements that `advance` then counts. ModelError names a layer that
     computes no finite values or cannot be fitted, UsageError says what is wrong with a text or an importance matrix.
@@ -141,9 +181,11 @@ def calibrate(
     rounding = quantize_hqq if recipe.method is Method.HQQ else quantize_rtn
     if not is_calibrated(model.graph, recipe):
         return Calibrated(model.graph, rounding=rounding)
+    if text is not None:
+        findings = keep(partial(_read_text, model, recipe, text, say, start, advance))
+        graph = fold_scales(model.graph, findings.scales) if findings.scales else model.graph
+        return Calibrated(graph, findings.importance, findings.codes, _text_record(recipe, text, findings), rounding)
     match calibration.source:
-        case CalibrationSource.TEXT | CalibrationSource.DATASET | CalibrationSource.SELF:
-            return replace(_calibrate_on_text(model, recipe, read, folder, say, start, advance), rounding=rounding)
         case CalibrationSource.IMATRIX:
             return replace(_calibrate_by_matrix(model, Path(calibration.file or ""), say), rounding=rounding)
         case _:
@@ -153,44 +195,51 @@ def calibrate(
             return Calibrated(model.graph, importance, None, record, rounding)
 
 
-def _calibrate_on_text(
+def _read_text(
     model: Model,
     recipe: Recipe,
-    read: Reading,
-    folder: Path,
+    text: CalibrationText,
     say: Callable[[str], None],
     start: Callable[[str, int], None],
     advance: Callable[[int], None],
-) -> Calibrated:
-    graph, calibration = model.graph, recipe.calibration
-    origin = origin_of(calibration)
-    if isinstance(origin, OwnText):
+    folder: Path,
+) -> Findings:
+    graph, read, token_ids = model.graph, reading(model, recipe), text.token_ids
+    if token_ids is None:
         say(f"calibrating: the model writes {read.tokens} tokens, one after the other; no plan counts their time")
         start("writing text", read.tokens)
-    token_ids = calibration_ids(model, calibration, origin, read.sequences, read.length, advance)
+        token_ids = calibration_ids(model, recipe.calibration, text.origin, read.sequences, read.length, advance)
+    say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {title_of(text.origin)}")
+    scales: dict[str, F32] = {}
+    if read.scaled:
+        start("scaling columns", _linear_elements(graph))
+        scales = find_scales(graph, token_ids, advance)
+        graph = fold_scales(graph, scales)
+    start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
+    store = CodeStore(folder) if read.fitted else None
+    fit = None if store is None else partial(_fit, store)
+    importance = quantize_sequentially(graph, token_ids, fit, advance=advance)
+    return Findings(digest(token_ids), importance, scales, store)
+
+
+def title_of(origin: Origin) -> str:
+    """What the manifest calls it, which holds no paths."""
+    return origin.path.name if isinstance(origin, Files) else name_of(origin)
+
+
+def _text_record(recipe: Recipe, text: CalibrationText, findings: Findings) -> Record:
+    calibration = recipe.calibration
     record: Record = {
         "source": calibration.source.value,
         "method": recipe.method.value,
-        "text": origin.path.name if isinstance(origin, Files) else name_of(origin),
-        "token_ids_sha256": digest(token_ids),
-        "sequences": read.sequences,
-        "length": read.length,
+        "text": title_of(text.origin),
+        "token_ids_sha256": findings.token_ids_sha256,
+        "sequences": calibration.sequences,
+        "length": calibration.length,
         "seed": calibration.seed,
         "chat": calibration.chat,
     }
-    if isinstance(origin, Dataset):
-        record = {**record, "revision": origin.revision}
-    say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {record['text']}")
-    if read.scaled:
-        start("scaling columns", _linear_elements(graph))
-        graph = fold_awq(graph, token_ids, advance)
-    start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
-    if not read.fitted:
-        return Calibrated(graph, quantize_sequentially(graph, token_ids, advance=advance), None, record)
-    store = CodeStore(folder)
-    with disk_errors(folder):
-        importance = quantize_sequentially(graph, token_ids, partial(_fit, store), advance=advance)
-    return Calibrated(graph, importance, store, record)
+    return {**record, "revision": text.origin.revision} if isinstance(text.origin, Dataset) else record
 
 
 def origin_of(calibration: Calibration) -> Origin:

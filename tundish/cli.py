@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +23,7 @@ from tundish.disk import disk_errors
 from tundish.signals import ENDING, unwind_at_signals
 
 if TYPE_CHECKING:
+    from tundish.cache import Entry
     from tundish.job import Watcher
 
 
@@ -111,12 +115,13 @@ def build(
     target: TargetOption = None,
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Calibrate anew, even if the cache has it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model by a recipe, verify the artifacts in their runtimes, and publish them."""
     from tundish import job
 
-    choices = job.Choices(recipe, model, out, target or (), verify, threads)
+    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh)
     with figures_of_failed_gates(as_json):
         with watcher() as watching:
             manifest = job.build(choices, watching)
@@ -160,7 +165,9 @@ def plan(
             for target, layout in made.layouts.items()
         },
         "budget": made.assignment and made.assignment.as_dict(),
+        "calibration": "cached" if made.cached else None,
         "disk": made.disk,
+        "cache": made.kept,
         "peak_memory": dict(made.phases),
         "time": made.time and {part: round(seconds, 3) for part, seconds in made.time.parts().items()},
     }
@@ -304,6 +311,37 @@ def sample(
     show({"folder": str(folder.absolute())}, as_json, lambda _: f"written: {folder}")
 
 
+cache = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache, name="cache", help="What earlier builds left for later ones: calibrations, and the sample.")
+
+
+@cache.command("ls")
+def list_cache(as_json: JsonOption = False) -> None:
+    """List what the cache holds, a row each, the last used first."""
+    from tundish.cache import entries
+
+    show(_cache_rows(entries()), as_json, _cache_text)
+
+
+@cache.command("gc")
+def collect_cache(
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Remove what was last used that long ago.")
+    ] = 30,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything, however new.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what was not used for a while. What a build is using stays."""
+    from tundish.cache import collect
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    removed, used = collect(-math.inf if everything else older_than, time.time(), say)
+    document = {"removed": _cache_rows(removed), "in_use": _cache_rows(used), "bytes": sum(e.nbytes for e in removed)}
+    show(document, as_json, _collected_text)
+
+
 # ---- output ----
 
 
@@ -412,7 +450,13 @@ def _plan_text(document: dict[str, Any]) -> str:
     if document["budget"] is not None:
         parts.append(_budget_text(document["budget"]))
     peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())
-    needs = [f"disk: {document['disk']:,} bytes", f"peak memory, about: {peaks} bytes, the verifying runtimes aside"]
+    kept = f", of which {document['cache']:,} in the cache for the calibration" if document["cache"] else ""
+    cached = ["calibration: cached"] if document["calibration"] else []
+    needs = [
+        *cached,
+        f"disk: {document['disk']:,} bytes{kept}",
+        f"peak memory, about: {peaks} bytes, the verifying runtimes aside",
+    ]
     if document["time"] is not None:
         named = ", ".join(f"{part} {_seconds(spent)}" for part, spent in document["time"].items() if part != "total")
         total = _seconds(document["time"]["total"])
@@ -429,6 +473,38 @@ def _budget_text(budget: dict[str, Any]) -> str:
 
 def _seconds(spent: float) -> str:
     return f"{spent:.0f} s" if spent >= 10 else f"{spent:.1f} s"
+
+
+def _cache_rows(entries: list[Entry]) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": entry.key,
+            "kind": entry.kind,
+            "model": entry.model,
+            "method": entry.method,
+            "text": entry.text,
+            "bytes": entry.nbytes,
+            "last_used": datetime.fromtimestamp(entry.last_used, UTC).isoformat(timespec="seconds"),
+            "folder": str(entry.folder),
+        }
+        for entry in entries
+    ]
+
+
+def _cache_text(document: list[dict[str, Any]]) -> str:
+    columns = ["key", "kind", "model", "method", "text", "bytes", "last used"]
+    rows = [
+        [*(row[name] for name in columns[:5]), f"{row['bytes']:,}", row["last_used"].replace("T", " ")[:16]]
+        for row in document
+    ]
+    total = sum(row["bytes"] for row in document)
+    return _columns([columns, *rows], frozenset({5})) + f"\n{len(rows)} entries, {total:,} bytes"
+
+
+def _collected_text(document: dict[str, Any]) -> str:
+    lines = [f"removed: {row['folder']}, {row['bytes']:,} bytes" for row in document["removed"]]
+    lines += [f"left alone: {row['folder']}, in use" for row in document["in_use"]]
+    return "\n".join([*lines, f"{len(document['removed'])} entries removed, {document['bytes']:,} bytes"])
 
 
 def _tensor_text(document: list[dict[str, Any]]) -> str:

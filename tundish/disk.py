@@ -27,3 +27,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
         }.get(error.errno or 0, "Check the disk and the permissions of --out.")
         where = str(error.filename or folder)
         raise ResourceError(f"cannot write: {error.strerror or error}", where=where, mend=mend) from error
+
+
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    """The same where `folder`, which is in the cache, is written to."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to the cache: {error.strerror or error}",
+            where=str(folder),
+            mend="Free space there, which `tundish cache gc` does, or set TUNDISH_CACHE to a folder on another disk.",
+        ) from error

@@ -25,7 +25,9 @@ from converters.source import (
 )
 from exporters.base import Target
 from exporters.registry import EXPORTERS
-from tundish.calibrate import calibrate, is_calibrated, reading
+from tundish.cache import cache_disk, in_use
+from tundish.calibrate import NOTHING, calibrate, calibration_text, is_calibrated, reading
+from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
 from tundish.disk import disk_errors
 from tundish.estimate import estimate_time
 from tundish.manifest import build_manifest, verification_record
@@ -59,7 +61,8 @@ SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: Non
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the command line settles on top of the recipe. `threads` None: as many as cores."""
+    """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: calibrate even if
+    that was done before."""
 
     recipe: str
     model: str | None = None
@@ -67,6 +70,7 @@ class Choices:
     targets: Sequence[Target] = ()
     verify: bool = True
     threads: int | None = None
+    fresh: bool = False
 
 
 def settle_recipe(choices: Choices) -> Recipe:
@@ -105,10 +109,13 @@ def plan_job(choices: Choices, watcher: Watcher = SILENT) -> tuple[Recipe, Plan]
     plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
     prepare = perf_counter() - start - plan.compiling  # once: the next build finds them
     out = output(choices, recipe)
-    shortage = shortage_of(plan, out)
+    if not choices.fresh and may_be_kept(model.graph, recipe) and (text := calibration_text(model, recipe)):
+        key = key_of(model, recipe, text, source_digest(source.folder, threads))
+        plan = plan.with_cached_calibration() if is_kept(key) else plan
+    shortage = shortage_of(plan, out, cache_disk())
     if shortage is not None:
         return recipe, replace(plan, shortage=shortage)
-    files, read = source_files(source.folder).values(), reading(model, recipe)
+    files, read = source_files(source.folder).values(), NOTHING if plan.cached else reading(model, recipe)
     calibrated = is_calibrated(model.graph, recipe)
     time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, read, prepare, calibrated)
     return recipe, replace(plan, time=time)
@@ -135,34 +142,39 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
-    files = source_files(source.folder).values()
-    with blaming_changes(source.folder, stamp), digesting(files) as inputs:
+    files = source_files(source.folder)
+    with blaming_changes(source.folder, stamp), in_use(source.folder), digesting(files.values()) as inputs:
         model, assignment = settle_schemes(open_model(source, recipe), recipe, watcher.start, watcher.advance)
         watcher.say("planning; kernels that were never used here are compiled")
         plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
-        shortage = shortage_of(plan, out)
-        if shortage is not None:
-            raise shortage
-        with staging(out) as folder:
-            with staging(out) as scratch:
-                calibrated = calibrate(model, recipe, scratch, watcher.say, watcher.start, watcher.advance)
+        text, key = calibration_text(model, recipe), None
+        if text is not None:
+            sha256 = inputs.result()
+            key = key_of(model, recipe, text, {name: sha256[path] for name, path in files.items()})
+        with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
+            plan = plan if keeper.found is None else plan.with_cached_calibration()
+            shortage = shortage_of(plan, out, cache_disk())
+            if shortage is not None:
+                raise shortage
+            with staging(out) as folder:
+                calibrated = calibrate(model, recipe, text, keeper.keep, watcher.say, watcher.start, watcher.advance)
                 watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
                 poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
-            require_unchanged(source.folder, stamp)
-            manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
-            require_unchanged(source.folder, stamp)
-            with disk_errors(out):
-                write_manifest(folder, manifest)
-            results = None
-            if choices.verify and recipe.verify.enabled:
-                results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
                 require_unchanged(source.folder, stamp)
-            _record(manifest, results, folder, out)
-            require_gates(manifest, results, folder, out)
-            with deferred_signals():  # nobody shall be told of an interruption that nothing was published
-                publish(folder, out, recipe.targets)
-                watcher.published()
-                watcher.say(f"written: {out}")
+                manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
+                require_unchanged(source.folder, stamp)
+                with disk_errors(out):
+                    write_manifest(folder, manifest)
+                results = None
+                if choices.verify and recipe.verify.enabled:
+                    results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
+                    require_unchanged(source.folder, stamp)
+                _record(manifest, results, folder, out)
+                require_gates(manifest, results, folder, out)
+                with deferred_signals():  # nobody shall be told of an interruption that nothing was published
+                    publish(folder, out, recipe.targets)
+                    watcher.published()
+                    watcher.say(f"written: {out}")
     return manifest
 
 

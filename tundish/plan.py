@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -66,12 +66,14 @@ class Plan:
     layouts: Mapping[Target, Layout]
     rows: tuple[Row, ...]
     semantics: Mapping[Target, Semantics]
-    disk: int
+    disk: int  # in all
+    kept: int  # of the disk: the calibration's codes, which are in the cache
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
     time: Time | None = None  # None: not measured
     compiling: float = 0.0  # seconds in which kernels were compiled, or loaded where they had been
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
     assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
+    cached: bool = False  # the calibration
 
     @property
     def memory(self) -> int:
@@ -82,6 +84,11 @@ class Plan:
     def elements(self) -> int:
         """Numbers to quantize: the unit of the pour's progress."""
         return sum(math.prod(row.shape) for row in self.rows)
+
+    def with_cached_calibration(self) -> Plan:
+        """The same, with the calibration done."""
+        phases = {name: nbytes for name, nbytes in self.phases.items() if name != "calibration"}
+        return replace(self, disk=self.disk - self.kept, kept=0, phases=phases, cached=True)
 
 
 def make_plan(
@@ -102,7 +109,8 @@ def make_plan(
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
-    disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + _kept_bytes(graph, read)
+    kept = _kept_bytes(graph, read)
+    disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + kept
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
@@ -115,7 +123,7 @@ def make_plan(
         phases["calibration"] = held + _calibration_bytes(graph, read)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
-    return Plan(layouts, rows, semantics, disk, phases, compiling=compiling)
+    return Plan(layouts, rows, semantics, disk, kept, phases, compiling=compiling)
 
 
 def own_memory() -> int:
@@ -146,7 +154,7 @@ def _block_bytes(weight: Weight, layouts: Mapping[Target, Layout]) -> int:
 
 
 def _kept_bytes(graph: Graph, read: Reading) -> int:
-    """Of the codes, scales and zeros that wait beside the output for the pour, where layers are fitted."""
+    """Of the codes, scales and zeros that wait for the pour, where layers are fitted."""
     if not read.fitted:
         return 0
     kept = 0
@@ -250,20 +258,25 @@ def disk_of(out: Path) -> Path:
     return parent
 
 
-def shortage_of(plan: Plan, out: Path) -> ResourceError | None:
-    """What the disk that holds `out` or the free memory lacks for the plan; None if they can take it."""
+def shortage_of(plan: Plan, out: Path, cache: Path | None = None) -> ResourceError | None:
+    """What the disk that holds `out` or the free memory lacks for the plan; None if they can take it.
+
+    `cache`: a folder on the disk that takes what is kept of the calibration; None: that of `out` does.
+    """
     parent = disk_of(out)
     if not os.access(parent, os.W_OK):
         return ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk:
-        return ResourceError(
-            "not enough disk",
-            where=str(parent),
-            expected=f"{plan.disk:,} bytes free",
-            found=f"{free:,}",
-            mend="Free space, choose another --out, or fewer targets with --target.",
-        )
+    apart = plan.kept if cache is not None and cache.stat().st_dev != parent.stat().st_dev else 0
+    mend = "Free space, choose another --out, or fewer targets with --target."
+    needs = [(parent, plan.disk - apart, mend)]
+    if cache is not None and apart:
+        mend = "Free space in the cache, see `tundish cache gc`, or set TUNDISH_CACHE to a folder on another disk."
+        needs.append((cache, apart, mend))
+    for folder, nbytes, mend in needs:
+        free = shutil.disk_usage(folder).free
+        if free < nbytes:
+            expected = f"{nbytes:,} bytes free"
+            return ResourceError("not enough disk", where=str(folder), expected=expected, found=f"{free:,}", mend=mend)
     available = psutil.virtual_memory().available + own_memory()  # the plan counts what this process holds already
     if available < plan.memory:
         mend = "Use fewer --threads, or verify on a larger machine: --no-verify needs less."

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from converters.errors import UsageError
@@ -89,13 +89,14 @@ def _written(manifest: Path) -> set[str]:
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path, errors: Callable[[Path], AbstractContextManager[None]] = disk_errors) -> Iterator[Path]:
     """A new folder beside `out`, on the same file system. It is removed at the end if it is still there.
 
+    `errors` turns an OSError into what users are told.
     It is locked for as long as this process lives, so that `reclaim` can tell whose it is.
     """
     with ExitStack() as stack:
-        with disk_errors(out), deferred_signals():
+        with errors(out), deferred_signals():
             out.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             stack.callback(_remove, made)

