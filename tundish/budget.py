@@ -132,7 +132,7 @@ def assign_by_budget(
     UsageError if a container refuses an alternative, or the budget is outside what assignments take.
     """
     graph = containers.model.graph
-    options = _find_options(containers, alternatives, fixed_roles)
+    options = _find_options(containers, alternatives, fixed_roles, fitted)
     fixed, sizes = _sizes(containers, options)
     costless = [Choice(np.zeros(len(each)), each) for each in sizes]
     bounds = _Bounds(containers, options, fixed)
@@ -156,9 +156,10 @@ def assign_by_budget(
 
 
 def _find_options(
-    containers: Containers, alternatives: Sequence[Scheme], fixed_roles: frozenset[Role]
+    containers: Containers, alternatives: Sequence[Scheme], fixed_roles: frozenset[Role], fitted: Set[str]
 ) -> list[_Options]:
-    """What every stack may have. A container is asked once for all stacks of the same roles and width."""
+    """What every stack may have; by default, no scheme that cannot be fitted where it is to be. A container is asked
+    once for all stacks of the same roles and width."""
     graph = containers.model.graph
     refusals: dict[object, UsageError | ModelError | None] = {}
     found = []
@@ -168,6 +169,8 @@ def _find_options(
         if fixed_roles.isdisjoint(_roles(graph, weights)):
             for scheme in alternatives or [SCHEMES[name] for name in ALTERNATIVES]:
                 schemes = tuple(resolve_scheme(scheme, weight.shape[-1]) for weight in weights)
+                if not alternatives and fitted >= {*names} and not all(each.is_integer for each in schemes):
+                    continue
                 kind = tuple(weight.role for weight in weights), weights[0].shape[-1], schemes
                 if kind not in refusals:
                     refusals[kind] = containers.refusal(dict(zip(names, schemes, strict=True)))

@@ -114,16 +114,17 @@ def is_calibrated(graph: Graph, recipe: Recipe) -> bool:
 def reading(model: Model, recipe: Recipe) -> Reading:
     """What the recipe has the model read; nothing if it asks for none, or if no weight is quantized.
 
-    UsageError if gptq is asked for and no matrix can be fitted, or if sequences are longer than the context.
+    UsageError if a method is asked for and no matrix has an integer scheme, or if sequences exceed the context.
     """
     calibration, fitted = recipe.calibration, recipe.method.fits
-    if fitted and not fittable(model.graph):
+    if recipe.method is not Method.RTN and not fittable(model.graph):
         raise UsageError(
-            "gptq has no matrix to fit",
+            f"method {recipe.method} has no matrix to work on",
             where=f"recipe {recipe.name}",
-            expected="an integer scheme, such as int4_g32, for a role beside the embedding",
+            expected="an integer scheme, such as int4_g32",
             found="schemes " + ", ".join(sorted({weight.scheme.name for weight in model.graph.weights.values()})),
-            mend="Leave method out: llama.cpp's block types are rounded with the calibration's importances.",
+            mend="Leave method out: floats stay what they are, and llama.cpp's block types are rounded with the "
+            "calibration's importances.",
         )
     if not is_calibrated(model.graph, recipe):
         return NOTHING

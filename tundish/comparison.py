@@ -125,7 +125,7 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-compare-") as scratch:
         folder = Path(scratch)
-        sequences = cut(stream_of(model, _texts(asked)), count, length)
+        sequences = cut(stream_of(model, _texts(asked)), count, length, str(asked.text or _text_name(asked)))
         say(f"reference: the interpreter reads {count} × {length} tokens of {_text_name(asked)} in float32")
         np.save(folder / "sequences.npy", sequences)
         reference = reference_logits(model, sequences, folder, "reference")

@@ -10,6 +10,7 @@ from pathlib import Path
 from converters.dataset import SUFFIXES
 from converters.errors import UsageError
 
+PART = 1 << 22  # characters of a text that are read at once
 FIELDS = "a field text (a string) or messages (a list of role and content)"
 
 
@@ -34,44 +35,52 @@ def text_files(path: Path) -> list[Path]:
     UsageError for a folder without any, or one that cannot be read.
     """
     if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise UsageError("cannot read the text", where=str(path), expected="a file or a folder", found="neither")
         return [path]
     try:
         found = sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file())
     except OSError as error:
-        raise UsageError("cannot read the calibration text", where=str(path), found=str(error)) from error
+        raise UsageError("cannot read the text", where=str(path), found=str(error)) from error
     if not found:
         expected = f"files *{', *'.join(SUFFIXES)}"
-        raise UsageError("the folder of calibration text is empty", where=str(path), expected=expected)
+        raise UsageError("the folder has no text", where=str(path), expected=expected)
     return found
 
 
 def read_texts(path: Path) -> Iterator[Text]:
-    """A file's texts in its order: rows of .jsonl, .json (a list) and .parquet, anything else is one text of UTF-8.
+    """A file's texts in its order: rows of .jsonl, .json (a list) and .parquet; anything else is text of UTF-8, some
+    megabytes at a time.
 
     UsageError for a file that cannot be read, is not UTF-8 or whose rows have neither text nor messages, and for
     Parquet without pyarrow, which the extra `datasets` brings.
     """
     if path.suffix == ".parquet":
         return _parquet(path)
-    content = _content(path)
     if path.suffix == ".jsonl":
-        numbered = ((number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(_parts(path, lines=True), 1) if line.strip())
         return (_row(_parse(line, path, number), f"{path}, line {number}") for number, line in numbered)
     if path.suffix == ".json":
-        rows = _parse(content, path, 1)
+        rows = _parse("".join(_parts(path)), path, 1)
         if not isinstance(rows, list):
             raise UsageError("no rows of text", where=str(path), expected="a list", found=type(rows).__name__)
         return (_row(row, f"{path}, row {number}") for number, row in enumerate(rows))
-    return iter([content])
+    return _parts(path)
 
 
-def _content(path: Path) -> str:
+def _parts(path: Path, lines: bool = False) -> Iterator[str]:
+    """A file's contents, in lines or in parts of PART characters."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            yield from file if lines else iter(lambda: file.read(PART), "")
     except UnicodeDecodeError as error:
-        raise UsageError("the calibration text is not UTF-8", where=f"{path}, byte {error.start}") from error
+        raise UsageError(
+            "the text is not UTF-8",
+            where=f"{path}, byte {error.start}" if path.stat().st_size <= PART else str(path),
+            mend="Convert it, with iconv for example, or give other text.",
+        ) from error
     except OSError as error:
-        raise UsageError("cannot read the calibration text", where=str(path), found=str(error)) from error
+        raise UsageError("cannot read the text", where=str(path), found=str(error)) from error
 
 
 def _parse(text: str, path: Path, line: int) -> object:
@@ -79,7 +88,7 @@ def _parse(text: str, path: Path, line: int) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         where = f"{path}, line {line + getattr(error, 'lineno', 1) - 1}"
-        raise UsageError("the calibration text is not JSON", where=where, found=str(error)) from error
+        raise UsageError("the text is not JSON", where=where, found=str(error)) from error
 
 
 def _parquet(path: Path) -> Iterator[Text]:
@@ -98,7 +107,7 @@ def _parquet(path: Path) -> Iterator[Text]:
         for batch in table.iter_batches(batch_size=256, columns=columns):
             yield from (_row(row, str(path)) for row in batch.to_pylist())
     except (ArrowException, OSError) as error:
-        raise UsageError("cannot read the calibration text", where=str(path), found=str(error)) from error
+        raise UsageError("cannot read the text", where=str(path), found=str(error)) from error
 
 
 def _row(row: object, where: str) -> Text:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
 from converters.config import RopeKind
-from converters.errors import ModelError
+from converters.errors import ModelError, UsageError
 from converters.interpret import WeightRows, interpret
 from converters.ops import OPS, Linear
 from converters.quantize.tensor import F32
@@ -168,14 +168,14 @@ def stream_of(model: Model, texts: Iterable[str]) -> NDArray[np.int64]:
     return np.array([token for text in ids for token in text], np.int64)
 
 
-def cut(stream: NDArray[np.int64], count: int, length: int) -> NDArray[np.int64]:
-    """The stream's first tokens as i64[count, length]; ModelError if there are too few."""
-    available = len(stream) // length
-    if available < count:
-        raise ModelError(
+def cut(stream: NDArray[np.int64], count: int, length: int, where: str = "held-out text") -> NDArray[np.int64]:
+    """The stream's first tokens as i64[count, length]; UsageError, with where they are from, if there are too few."""
+    if len(stream) < count * length:
+        raise UsageError(
             "the text is too short for the evaluation",
+            where=where,
             expected=f"{count} sequences of {length} tokens",
-            found=f"{available}",
+            found=f"{len(stream):,} tokens",
             mend="Lower verify.text in the recipe, or what --sequences and --length ask for.",
         )
     return stream[: count * length].reshape(count, length)

@@ -169,7 +169,7 @@ def test_gptq_without_a_matrix_to_fit_is_refused(
     changes: dict[str, Any] = {"targets": {"gguf": {}}, "context": 128, "schemes": schemes}
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, **changes, **GPTQ)
     for refused in (build, lambda choices, watcher: plan_job(choices)):
-        with pytest.raises(UsageError, match=rf"gptq has no matrix to fit.*found schemes {found}\."):
+        with pytest.raises(UsageError, match=rf"method gptq has no matrix to work on.*found schemes {found}\."):
             refused(Choices(str(recipe), out=tmp_path / "out"), QUIET)
     assert not (tmp_path / "out").exists()
 

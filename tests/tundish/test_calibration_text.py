@@ -191,13 +191,13 @@ def test_a_text_of_no_use(model: Model, tmp_path: Path, content: bytes, message:
 
 
 def test_a_missing_text(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read the calibration text.*gone\.txt"):
+    with pytest.raises(UsageError, match=r"cannot read the text.*gone\.txt"):
         calibration_sequences(model, Files(tmp_path / "gone.txt"), 4, 16, seed=0)
 
 
 def test_a_folder_without_text(model: Model, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match=r"folder of calibration text is empty.*expected files \*\.txt"):
+    with pytest.raises(UsageError, match=r"the folder has no text.*expected files \*\.txt"):
         calibration_sequences(model, Files(tmp_path), 4, 16, seed=0)
 
 

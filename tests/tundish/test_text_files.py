@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a row has no text"):
         list(read_texts(path))
     path.write_bytes(b"PAR1 no")
-    with pytest.raises(UsageError, match="cannot read the calibration text"):
+    with pytest.raises(UsageError, match="cannot read the text"):
         list(read_texts(path))
 
 
@@ -81,5 +82,18 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot read the calibration text .*gone\.txt"):
+    with pytest.raises(UsageError, match=r"cannot read the text .*gone\.txt"):
         list(read_texts(tmp_path / "gone.txt"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UsageError, match=r"cannot read the text .*pipe\.txt.*expected a file or a folder"):
+        text_files(tmp_path / "pipe.txt")
+
+
+def test_large_texts_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tundish.text_files.PART", 10)
+    (tmp_path / "t.txt").write_text("ä" * 25, encoding="utf-8")
+    assert list(read_texts(tmp_path / "t.txt")) == ["ä" * 10, "ä" * 10, "ä" * 5]
