@@ -59,7 +59,8 @@ def _scheme(name: object) -> Scheme:
     if isinstance(name, Scheme):
         return name
     if not isinstance(name, str) or name not in SCHEMES:
-        raise ValueError(("a scheme, no mix: " if name in MIXES else "one of ") + ", ".join(SCHEMES))
+        is_mix = isinstance(name, str) and name in MIXES
+        raise ValueError(("a scheme, no mix: " if is_mix else "one of ") + ", ".join(SCHEMES))
     return SCHEMES[name]
 
 

@@ -572,6 +572,11 @@ def test_a_number_that_python_does_not_read() -> None:
     assert f"(1) not a value of YAML's type int (mine.yaml:5); found '{'9' * 40}' and 4960 characters more." in told
 
 
+def test_a_mapping_is_no_scheme() -> None:
+    told = message(write(GOOD.replace("default: int4_g32", "default: int4_g32\n  overrides: {embedding: {}}")))
+    assert "expected one of fp32, " in told and "(mine.yaml:" in told
+
+
 def test_dates_are_text() -> None:
     path = write(GOOD.replace("source: sample", "source: sample\n  revision: 2024-08-01"))
     assert load_recipe(path).model.revision == "2024-08-01"
