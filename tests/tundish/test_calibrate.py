@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from converters.dataset import Dataset
 from converters.errors import ModelError, UsageError
+from converters.graph import Graph
 from converters.interpret import WeightRows, interpret
+from converters.passes.fold import ScaledSource
 from converters.quantize.codes import CodeStore
 from converters.quantize.sequential import Moments
 from converters.quantize.tensor import QuantTensor
@@ -25,13 +28,15 @@ from tundish import calibrate as calibrating
 from tundish.calibrate import Calibrated, calibrate, calibration_text
 from tundish.calibration_text import Documentation, calibration_sequences
 from tundish.digest import digest_of
-from tundish.documentation import NAME
+from tundish.documentation import NAME, documentation
 from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
+from tundish.pour import Poured, pour
 from tundish.recipe import load_recipe
 
 SCHEMES = {"default": "int4_asym_g32", "overrides": {"lm_head": "int8_g32"}}
-TEXT = {"source": "text", "sequences": 4, "length": 64}
+SIZE = {"sequences": 4, "length": 64}
+TEXT = {"source": "text", **SIZE}
 
 
 def calibrated(checkpoint: Path, folder: Path) -> Calibrated:
@@ -124,19 +129,54 @@ def test_gptq_gives_every_container_the_same_numbers(checkpoint: Path, tmp_path:
 
 
 @pytest.mark.parametrize("method", ["hqq", "awq", "awq+gptq"])
-def test_other_methods_compute_the_same_model(checkpoint: Path, tmp_path: Path, method: str) -> None:
+def test_other_methods_compute_the_same_model(
+    checkpoint: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In its runtime the artifact answers like the float model, scaled columns and what undoes them together."""
     verify = {"text": {"sequences": 4, "length": 64}, "gates": {"kl": 0.4, "stops": False}}
     schemes = {"default": "int4_g32", "overrides": {"embedding": "int8_g32", "lm_head": "int8_g32"}}
     keys = GPTQ | {"method": method, "targets": {"gguf": {}}, "verify": verify}
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, schemes=schemes, **keys)
+    poured: list[Graph] = []
+
+    def watch(graph: Graph, *rest: Any) -> Poured:
+        poured.append(graph)
+        return pour(graph, *rest)
+
+    monkeypatch.setattr("tundish.job.pour", watch)
     manifest = build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
     assert manifest["calibration"]["method"] == method
+    scaled = {name for name, weight in poured[0].weights.items() if isinstance(weight.source, ScaledSource)}
+    assert ({"blocks.0.mlp_norm", "blocks.0.mlp_gate", "blocks.1.mlp_up"} <= scaled) == method.startswith("awq")
     weights = manifest["weights"]
     rounded = write_recipe(tmp_path / "rtn.yaml", checkpoint, schemes=schemes, **keys | {"method": "rtn"})
     plain = build(Choices(str(rounded), out=tmp_path / "rtn", verify=False), QUIET)["weights"]
     differing = {name for name in weights if weights[name].get("digest") != plain[name].get("digest")}
     assert {"blocks.0.attn_q", "blocks.1.mlp_down"} <= differing
+
+
+def test_a_dataset_is_read_at_its_commit(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe asks of the Hub; tests/converters/test_hub_dataset.py asks a server."""
+    asked: list[object] = []
+
+    def find(*what: object) -> Dataset:
+        asked.append(what)
+        return Dataset("acme/prose", "c0ffee" * 6, ("train.txt",))
+
+    (tmp_path / "train.txt").write_text("\n\n".join(documentation())[:40_000], encoding="utf-8")
+    monkeypatch.setattr("converters.hub_dataset.find_dataset", find)
+    monkeypatch.setattr("converters.hub_dataset.fetch", lambda dataset, name: tmp_path / name)
+    calibration = {"source": "dataset", "dataset": "acme/prose", "revision": "v1", "files": "train*", **SIZE}
+    changes: dict[str, Any] = {"targets": {"gguf": {}}, "context": 128, "schemes": INT4, "calibration": calibration}
+    record = build(
+        Choices(str(write_recipe(tmp_path / "r.yaml", checkpoint, **changes)), out=tmp_path / "out", verify=False),
+        QUIET,
+    )
+    assert asked == [("acme/prose", "v1", "train*")]
+    assert (record["calibration"]["text"], record["calibration"]["revision"]) == (
+        "acme/prose at c0ffeec0ffee",
+        "c0ffee" * 6,
+    )
 
 
 def test_text_weighs_the_errors_of_block_types_and_gptq_leaves_these_to_it(checkpoint: Path, tmp_path: Path) -> None:
