@@ -69,6 +69,10 @@ class Graph:
         """The nodes that use a weight: two for a tied embedding."""
         return (node for node in self.nodes if weight in node.op.weights)
 
+    def last_uses(self) -> dict[str, int]:
+        """The index of the last node that reads a value, by the value's name: after it nobody needs it."""
+        return {name: index for index, node in enumerate(self.nodes) for name in node.inputs}
+
     def map_weights(self, change: Callable[[Weight], Weight]) -> Graph:
         """A new graph with every weight replaced by change(weight)."""
         return replace(self, weights={name: change(weight) for name, weight in self.weights.items()})

@@ -50,7 +50,7 @@ def interpret(
     something between calls.
     """
     values: dict[str, np.ndarray] = {TOKEN_IDS: token_ids}
-    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    last_use = graph.last_uses()
     for index, node in enumerate(graph.nodes):
         inputs = [values[name] for name in node.inputs]
         observe(node, inputs)

@@ -193,7 +193,7 @@ def _calibration_bytes(graph: Graph, read: Reading) -> int:
 def _widest_moment(graph: Graph) -> int:
     """Most features of a token that are held at once, while a node is computed from those that still matter."""
     shapes = infer_shapes(graph, 1, 1)
-    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    last_use = graph.last_uses()
     live: set[str] = set()
     widest = 0
     for index, node in enumerate(graph.nodes[:-1]):

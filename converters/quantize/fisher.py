@@ -20,12 +20,11 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
 from converters.ops import OPS, Add, Attention, Embedding, Linear, RmsNorm, Rows, SwiGlu
 from converters.quantize.scheme import Scheme
-from converters.quantize.sensitivity import QuantizedRows
+from converters.quantize.sensitivity import QuantizedRows, require_finite
 from converters.quantize.tensor import F32
 from converters.rope import apply_rope, cos_sin
 
@@ -118,7 +117,7 @@ def see_gradients(graph: Graph, token_ids: NDArray[np.int64], seed: int, see: Gr
 
 def _forward(graph: Graph, token_ids: NDArray[np.int64]) -> list[tuple[list[Node], dict[str, np.ndarray]]]:
     """Blocks of nodes, each with the values that it takes from before."""
-    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    last_use = graph.last_uses()
     values: dict[str, np.ndarray] = {TOKEN_IDS: token_ids}
     borders = []
     index = 0
@@ -143,13 +142,7 @@ def _reference(graph: Graph, node: Node, values: Mapping[str, np.ndarray]) -> F3
 def _head(graph: Graph, node: Node, x: F32, seed: int, see: Gradients) -> dict[str, F32]:
     """Draw a token at every position; the gradient of its -log p by the logits is p - onehot(token)."""
     g = _reference(graph, node, {node.inputs[0]: x})
-    if not np.isfinite(g).all():
-        raise ModelError(
-            "the model computes no finite values on calibration tokens",
-            where=LOGITS,
-            found="NaN or Inf",
-            mend="The checkpoint is damaged: download it again or use another.",
-        )
+    require_finite(g)
     g -= g.max(axis=-1, keepdims=True)
     np.exp(g, out=g)
     g /= g.sum(axis=-1, keepdims=True)
@@ -191,7 +184,7 @@ def _linear_back(graph: Graph, node: Node, x: F32, g: F32, see: Gradients) -> F3
     flat = g.reshape(-1, g.shape[-1])
     out = np.zeros_like(rows)
     first = 0
-    step = max(1, (1 << 22) // x.shape[-1])
+    step = max(1, _ROWS // x.shape[-1])
     for name in node.op.weights:
         weight = graph.weights[name]
         count = weight.shape[0]

@@ -129,11 +129,12 @@ def _segments(graph: Graph) -> list[list[int]]:
 
 
 def _advance(graph: Graph, segment: Sequence[int], stream: _Stream) -> None:
+    last_use = graph.last_uses()
     for i in segment:
         node = graph.nodes[i]
         stream.values[node.name] = _value(graph, node, stream.values, stream.changed)
         for name in set(node.inputs):
-            if not any(name in later.inputs for later in graph.nodes[i + 1 :]):
+            if last_use[name] == i:
                 del stream.values[name]
 
 
@@ -156,19 +157,24 @@ def _divergences(
 ) -> dict[tuple[str, ...], float]:
     head = graph.nodes[-1]
     reference = _value(graph, head, float_stream.values, {})
-    if not np.isfinite(reference).all():
-        raise ModelError(
-            "the model computes no finite values on calibration tokens",
-            where=LOGITS,
-            found="NaN or Inf",
-            mend="The checkpoint is damaged: download it again or use another.",
-        )
+    require_finite(reference)
     p = np.exp(reference - reference.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     return {
         names: mean_kl(p, _value(graph, head, stream.values, stream.changed) - reference)
         for names, stream in streams.items()
     }
+
+
+def require_finite(logits: F32) -> None:
+    """ModelError if a model's logits on calibration tokens are not."""
+    if not np.isfinite(logits).all():
+        raise ModelError(
+            "the model computes no finite values on calibration tokens",
+            where=LOGITS,
+            found="NaN or Inf",
+            mend="The checkpoint is damaged: download it again or use another.",
+        )
 
 
 def mean_kl(p: F32, difference: F32) -> float:

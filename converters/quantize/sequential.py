@@ -3,7 +3,7 @@
 The nodes of the graph run once, in order, over all sequences. At a Linear, the products of its inputs are summed into
 the Hessian of its squared output error, H = X X^T; its weights are quantized under it, and what they became computes
 the inputs of everything that follows (Frantar et al. 2022, arXiv 2210.17323, section 4). Beside it runs the float
-model, if asked for: then a layer is fitted to what it computed there, on inputs that are what they are here
+model: a layer is fitted to what it computed there, on inputs that are what they are here
 (Li et al. 2025, arXiv 2504.02692), and one whose output is added to the residual stream makes up for what that lacks.
 
 Memory holds the activations of one stretch of nodes for all tokens, the codes of one node's matrices and their Hessian;
@@ -92,7 +92,7 @@ def fittable(graph: Graph) -> list[Weight]:
 def float_hessians(graph: Graph, token_ids: NDArray[np.int64]) -> Iterator[tuple[Node, F32]]:
     """Every Linear and the second moments f32[in, in] of its inputs in the float model, means over token_ids
     i64[sequences, length]. ModelError names the node where they are not finite."""
-    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    last_use = graph.last_uses()
     stream = _Stream({TOKEN_IDS: token_ids})
     for index, node in enumerate(graph.nodes):
         if isinstance(node.op, Linear):
@@ -116,7 +116,7 @@ def quantize_sequentially(
     is called with the number of elements of each matrix that is done. ModelError names the node where the model's
     values are not finite.
     """
-    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    last_use = graph.last_uses()
     fitted = {weight.name for weight in fittable(graph)} if fit else set()
     quantized = _Stream({TOKEN_IDS: token_ids})
     floats = _Stream({TOKEN_IDS: token_ids}) if fitted else None
