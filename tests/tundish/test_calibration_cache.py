@@ -202,7 +202,7 @@ def test_an_entry_stays_while_it_is_poured(
     left: list[tuple[int, int]] = []
 
     def read(store: CodeStore, name: str, start: int, stop: int) -> QuantTensor:
-        if not left:
+        if not left:  # several threads may come here at once
             removed, used = cache.collect(0, 1e12, lambda text: None)
             left.append((len(removed), len(used)))
         return rows(store, name, start, stop)
@@ -210,7 +210,7 @@ def test_an_entry_stays_while_it_is_poured(
     monkeypatch.setattr(CodeStore, "rows", read)
     for name in "made", "found":
         built(tmp_path, checkpoint, name)
-        assert left == [(0, 1)]
+        assert set(left) == {(0, 1)}
         left.clear()
     assert len(fits) == 1
     removed, used = cache.collect(0, 1e12, lambda text: None)
