@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +18,11 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from converters.errors import TundishError
 from exporters.target import Target
+from tundish import tables
 from tundish.disk import disk_errors
 from tundish.signals import ENDING, unwind_at_signals
 
 if TYPE_CHECKING:
-    from tundish.cache import Entry
     from tundish.job import Watcher
 
 
@@ -125,7 +124,7 @@ def build(
     with figures_of_failed_gates(as_json):
         with watcher() as watching:
             manifest = job.build(choices, watching)
-        show(manifest, as_json, _summary)
+        show(manifest, as_json, tables.summary_text)
 
 
 @app.command()
@@ -171,7 +170,7 @@ def plan(
         "peak_memory": dict(made.phases),
         "time": made.time and {part: round(seconds, 3) for part, seconds in made.time.parts().items()},
     }
-    show(document, as_json, _plan_text)
+    show(document, as_json, tables.plan_text)
     if made.shortage is not None:
         raise made.shortage
 
@@ -191,7 +190,7 @@ def verify(
     with figures_of_failed_gates(as_json):
         with watcher() as watching:
             manifest = job.verify_again(folder, model, threads, watching)
-        show(manifest, as_json, _summary)
+        show(manifest, as_json, tables.summary_text)
 
 
 @app.command()
@@ -226,7 +225,7 @@ def compare(
     with watcher() as watching:
         asked = comparison.Comparison(artifacts, model, text, sequences, length, out, threads)
         document = comparison.compare(asked, watching.say)
-    show(document, as_json, _comparison_text)
+    show(document, as_json, tables.comparison_text)
     failure = comparison.failure_of(document)
     if failure is not None:
         raise failure
@@ -252,7 +251,7 @@ def inspect(
         }
         for row in rows
     ]
-    show(document, as_json, _tensor_text)
+    show(document, as_json, tables.tensor_text)
 
 
 @app.command(cls=_Command, options_metavar="[OPTIONS] [NAME]", context_settings={"allow_extra_args": True})
@@ -288,7 +287,7 @@ def recipes(
             }
             for recipe in summaries()
         ]
-        show(rows, as_json, _recipes_text)
+        show(rows, as_json, tables.recipes_text)
 
 
 @app.command()
@@ -297,7 +296,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from tundish.doctor import examine
 
     rows = [examination.as_dict() for examination in examine()]
-    show(rows, as_json, _doctor_text)
+    show(rows, as_json, tables.doctor_text)
 
 
 @app.command()
@@ -320,7 +319,7 @@ def list_cache(as_json: JsonOption = False) -> None:
     """List what the cache holds, a row each, the last used first."""
     from tundish.cache import entries
 
-    show(_cache_rows(entries()), as_json, _cache_text)
+    show(tables.cache_rows(entries()), as_json, tables.cache_text)
 
 
 @cache.command("gc")
@@ -338,8 +337,12 @@ def collect_cache(
         print(text, file=sys.stderr)
 
     removed, used = collect(-math.inf if everything else older_than, time.time(), say)
-    document = {"removed": _cache_rows(removed), "in_use": _cache_rows(used), "bytes": sum(e.nbytes for e in removed)}
-    show(document, as_json, _collected_text)
+    document = {
+        "removed": tables.cache_rows(removed),
+        "in_use": tables.cache_rows(used),
+        "bytes": sum(e.nbytes for e in removed),
+    }
+    show(document, as_json, tables.collected_text)
 
 
 # ---- output ----
@@ -353,7 +356,7 @@ def figures_of_failed_gates(as_json: bool) -> Iterator[None]:
     try:
         yield
     except FailedGatesError as error:
-        show(error.manifest, as_json, _summary)
+        show(error.manifest, as_json, tables.summary_text)
         raise
 
 
@@ -395,143 +398,6 @@ def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
     with disk_errors(Path("standard output")):
         print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document), flush=True)
-
-
-def _columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
-    """Rows of cells as aligned text; the first row is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    rows = [["target", "bytes", "gate", "result", "figure", "threshold", "detail"]]
-    for target, entry in manifest["targets"].items():
-        verification = (manifest["verification"] or {}).get(target)
-        if verification is None:
-            rows.append([target, f"{entry['bytes']:,}", "–", "not verified", "", "", ""])
-            continue
-        for index, gate in enumerate(verification["gates"]):
-            result = {True: "passed", False: "FAILED", None: "not verified"}[gate["passed"]]
-            figure = "" if gate["figure"] is None else f"{gate['figure']:.6g}"
-            threshold = "" if gate["threshold"] is None else f"{gate['threshold']:g}"
-            head = [target, f"{entry['bytes']:,}"] if index == 0 else ["", ""]
-            rows.append([*head, gate["name"], result, figure, threshold, gate["detail"]])
-    return _columns(rows, frozenset({1, 4, 5}))
-
-
-def _comparison_text(document: dict[str, Any]) -> str:
-    from tundish.comparison import remarks, table_rows
-
-    rows = table_rows(document)
-    return "\n".join([_columns(rows, frozenset(range(1, len(rows[0])))), "", *remarks(document)])
-
-
-def _plan_text(document: dict[str, Any]) -> str:
-    targets = list(document["targets"])
-    rows = [["tensor", "shape", "scheme", *(f"{target} bytes" for target in targets)]]
-    for row in document["tensors"]:
-        asked = (
-            ""
-            if row["requested"] == row["scheme"]
-            else f" (asked for {row['requested']}, whose groups or blocks do not divide {row['shape'][-1]})"
-        )
-        sizes = [f"{row['bytes'][target]:,}" for target in targets]
-        rows.append([row["name"], "×".join(map(str, row["shape"])), row["scheme"] + asked, *sizes])
-    parts = [_columns(rows, frozenset(range(3, 3 + len(targets))))]
-    for target, entry in document["targets"].items():
-        files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
-        parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
-    if document["budget"] is not None:
-        parts.append(_budget_text(document["budget"]))
-    peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())
-    kept = f", of which {document['cache']:,} in the cache for the calibration" if document["cache"] else ""
-    cached = ["calibration: cached"] if document["calibration"] else []
-    needs = [
-        *cached,
-        f"disk: {document['disk']:,} bytes{kept}",
-        f"peak memory, about: {peaks} bytes, the verifying runtimes aside",
-    ]
-    if document["time"] is not None:
-        named = ", ".join(f"{part} {_seconds(spent)}" for part, spent in document["time"].items() if part != "total")
-        total = _seconds(document["time"]["total"])
-        needs.append(f"time, about: {total}, of which some runs at the same time ({named}); verification comes on top")
-    return "\n\n".join([*parts, "\n".join(needs)])
-
-
-def _budget_text(budget: dict[str, Any]) -> str:
-    from tundish.front import front_rows, front_sentence
-
-    rows = front_rows(budget)
-    return f"{front_sentence(budget)}\n{_columns(rows, frozenset(range(1, len(rows[0]) - 1)))}"
-
-
-def _seconds(spent: float) -> str:
-    return f"{spent:.0f} s" if spent >= 10 else f"{spent:.1f} s"
-
-
-def _cache_rows(entries: list[Entry]) -> list[dict[str, Any]]:
-    return [
-        {
-            "key": entry.key,
-            "kind": entry.kind,
-            "model": entry.model,
-            "method": entry.method,
-            "text": entry.text,
-            "bytes": entry.nbytes,
-            "last_used": datetime.fromtimestamp(entry.last_used, UTC).isoformat(timespec="seconds"),
-            "folder": str(entry.folder),
-        }
-        for entry in entries
-    ]
-
-
-def _cache_text(document: list[dict[str, Any]]) -> str:
-    columns = ["key", "kind", "model", "method", "text", "bytes", "last used"]
-    rows = [
-        [*(row[name] for name in columns[:5]), f"{row['bytes']:,}", row["last_used"].replace("T", " ")[:16]]
-        for row in document
-    ]
-    total = sum(row["bytes"] for row in document)
-    return _columns([columns, *rows], frozenset({5})) + f"\n{len(rows)} entries, {total:,} bytes"
-
-
-def _collected_text(document: dict[str, Any]) -> str:
-    lines = [f"removed: {row['folder']}, {row['bytes']:,} bytes" for row in document["removed"]]
-    lines += [f"left alone: {row['folder']}, in use" for row in document["in_use"]]
-    return "\n".join([*lines, f"{len(document['removed'])} entries removed, {document['bytes']:,} bytes"])
-
-
-def _tensor_text(document: list[dict[str, Any]]) -> str:
-    rows = [["file", "tensor", "type", "shape", "bytes"]]
-    for row in document:
-        size = f"those of {row['shares']}" if row["shares"] else f"{row['bytes']:,}"
-        rows.append([row["file"], row["name"], row["type"], "×".join(map(str, row["shape"])), size])
-    total = sum(row["bytes"] for row in document if not row["shares"])
-    return _columns(rows, frozenset({4})) + f"\n{len(document)} tensors, {total:,} bytes"
-
-
-def _recipes_text(document: list[dict[str, Any]]) -> str:
-    rows = [["recipe", "device", "containers", "scheme", "context", "what"]]
-    for row in document:
-        first = row["description"].split(". ")[0].replace("\n", " ")
-        rows.append([row["name"], row["device"], ",".join(row["targets"]), row["scheme"], str(row["context"]), first])
-    return _columns(rows, frozenset({4}))
-
-
-def _doctor_text(document: list[dict[str, Any]]) -> str:
-    rows = [["container", "export", "verify", "versions", "devices"]]
-    for row in document:
-        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-        export = "yes" if row["exports"] else "no: " + row["mend"]
-        verifies = "yes" if row["verifies"] else "no: " + row["mend"]
-        rows.append([row["target"], export, verifies, versions, ", ".join(row["devices"])])
-    return _columns(rows)
 
 
 if __name__ == "__main__":

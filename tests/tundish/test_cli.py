@@ -26,7 +26,7 @@ from onnx.helper import make_graph, make_model
 from exporters.base import Target
 from exporters.onnx.data_file import external_tensor
 from tests.tundish.tiny import INT4, write_recipe
-from tundish import cli, doctor
+from tundish import cli, doctor, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -226,7 +226,7 @@ def test_summary_of_a_build(tundish: Run, gguf_recipe: Path, tmp_path: Path) -> 
             ]
         }
     }
-    _, first, second = cli._summary(manifest).splitlines()
+    _, first, second = tables.summary_text(manifest).splitlines()
     assert first.split()[2:] == ["kl", "FAILED", "0.5", "0.25", "64", "positions"]
     assert second.split() == ["stops", "not", "verified", "no", "prompt"]
 
