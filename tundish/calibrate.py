@@ -17,20 +17,28 @@ from converters.file_digest import sha256_of
 from converters.graph import Graph, Weight
 from converters.ops import Linear
 from converters.passes.fold import fold_scales
+from converters.quantize.adaround import ADAROUND_STEPS, refine_adaround
 from converters.quantize.awq import find_scales
 from converters.quantize.block import Rounding, quantize_rows, read_rows
 from converters.quantize.codes import CodeStore
 from converters.quantize.gptq import quantize_gptq
 from converters.quantize.hqq import quantize_hqq
 from converters.quantize.importance import random_token_importance
+from converters.quantize.refinement import Refine
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.sequential import Moments, fittable, quantize_sequentially
+from converters.quantize.signround import SIGNROUND_STEPS, refine_signround
 from converters.quantize.tensor import F32, QuantTensor, Tensor
 from exporters.base import Model
 from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
 from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
 
 FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
+_REFINE: Mapping[Method, Refine] = {
+    Method.GPTQ_ADAROUND: refine_adaround,
+    Method.GPTQ_SIGNROUND: refine_signround,
+}
+_STEPS = {Method.GPTQ_ADAROUND: ADAROUND_STEPS, Method.GPTQ_SIGNROUND: SIGNROUND_STEPS}
 
 Record = Mapping[str, str | int]
 
@@ -88,7 +96,7 @@ class Reading:
     """What the model reads for calibration: sequences of so many tokens, together or one at a time.
 
     `together`: a layer reads them all before the next begins; `scaled`: the float model reads them before, to scale
-    columns; `fitted`: layers are fitted to them.
+    columns; `fitted`: layers are fitted to them, and so many `steps` then go over each matrix of few bits.
     """
 
     sequences: int
@@ -96,6 +104,7 @@ class Reading:
     together: bool = False
     scaled: bool = False
     fitted: bool = False
+    steps: int = 0
 
     @property
     def tokens(self) -> int:
@@ -116,8 +125,8 @@ def reading(model: Model, recipe: Recipe) -> Reading:
 
     UsageError if a method is asked for and no matrix has an integer scheme, or if sequences exceed the context.
     """
-    calibration, fitted = recipe.calibration, recipe.method.fits
-    if recipe.method is not Method.RTN and not fittable(model.graph):
+    calibration, method = recipe.calibration, recipe.settled_method
+    if method is not Method.RTN and not fittable(model.graph):
         raise UsageError(
             f"method {recipe.method} has no matrix to work on",
             where=f"recipe {recipe.name}",
@@ -139,17 +148,19 @@ def reading(model: Model, recipe: Recipe) -> Reading:
                     expected=f"at most {model.context_length} tokens",
                     found=str(calibration.length),
                 )
-            scaled = recipe.method.scales
-            return Reading(calibration.sequences, calibration.length, together=True, scaled=scaled, fitted=fitted)
+            sequences, length = calibration.sequences, calibration.length
+            steps = _STEPS.get(method, 0)
+            return Reading(sequences, length, together=True, scaled=method.scales, fitted=method.fits, steps=steps)
         case _:
             return NOTHING
 
 
-def warm_up_fit(graph: Graph) -> None:
+def warm_up_fit(graph: Graph, method: Method) -> None:
     """Load the kernels that fit matrices, or compile them, by fitting a few numbers under each scheme."""
     for scheme in {weight.scheme.name: weight.scheme for weight in fittable(graph)}.values():
         width = 2 * (scheme.group_size or 32)
-        quantize_gptq(np.ones((1, width), np.float32), np.eye(width, dtype=np.float32), scheme)
+        weight, hessian = np.ones((1, width), np.float32), np.eye(width, dtype=np.float32)
+        quantize_gptq(weight, hessian, scheme, refine=_REFINE.get(method))
 
 
 def calibration_text(model: Model, recipe: Recipe) -> CalibrationText | None:
@@ -179,7 +190,7 @@ def calibrate(
     computes no finite values or cannot be fitted, UsageError says what is wrong with a text or an importance matrix.
     """
     calibration, read = recipe.calibration, reading(model, recipe)
-    rounding = quantize_hqq if recipe.method is Method.HQQ else quantize_rtn
+    rounding = quantize_hqq if recipe.settled_method is Method.HQQ else quantize_rtn
     if not is_calibrated(model.graph, recipe):
         return Calibrated(model.graph, rounding=rounding)
     if text is not None:
@@ -218,7 +229,7 @@ def _read_text(
         graph = fold_scales(graph, scales)
     start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
     store = CodeStore(folder) if read.fitted else None
-    fit = None if store is None else partial(_fit, store)
+    fit = None if store is None else partial(_fit, store, _REFINE.get(recipe.settled_method))
     importance = quantize_sequentially(graph, token_ids, fit, advance=advance)
     return Findings(digest(token_ids), importance, scales, store)
 
@@ -232,7 +243,7 @@ def _text_record(recipe: Recipe, text: CalibrationText, findings: Findings) -> R
     calibration = recipe.calibration
     record: Record = {
         "source": calibration.source.value,
-        "method": recipe.method.value,
+        "method": recipe.settled_method.value,
         "text": title_of(text.origin),
         "token_ids_sha256": findings.token_ids_sha256,
         "sequences": calibration.sequences,
@@ -298,7 +309,7 @@ def _calibrate_by_matrix(model: Model, file: Path, say: Callable[[str], None]) -
     return Calibrated(model.graph, importance, None, record)
 
 
-def _fit(store: CodeStore, weight: Weight, moments: Moments) -> QuantTensor:
+def _fit(store: CodeStore, refine: Refine | None, weight: Weight, moments: Moments) -> QuantTensor:
     """A weight's codes by GPTQ, some rows at a time, which the store then has."""
     rows, width = weight.shape
     step = max(1, FIT_ELEMENTS // width)
@@ -308,7 +319,8 @@ def _fit(store: CodeStore, weight: Weight, moments: Moments) -> QuantTensor:
         values = read_rows(weight, start, stop)
         deficit = None if moments.deficit is None else moments.deficit[start:stop]
         try:
-            parts.append(quantize_gptq(values, moments.hessian, weight.scheme, moments.cross, deficit))
+            fitted = quantize_gptq(values, moments.hessian, weight.scheme, moments.cross, deficit, refine=refine)
+            parts.append(fitted)
         except (ValueError, OverflowError) as error:
             raise ModelError(
                 "a layer cannot be fitted to its calibration",

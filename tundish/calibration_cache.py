@@ -119,7 +119,7 @@ def _settings(graph: Graph, recipe: Recipe) -> Json:
         "version": CALIBRATION_VERSION,
         "tundish": version("tundish"),
         "numpy": np.__version__,
-        "method": recipe.method.value,
+        "method": recipe.settled_method.value,
         "schemes": {weight.name: weight.scheme.name for weight in graph.weights.values()},
     }
 

@@ -41,6 +41,7 @@ from tundish.pour import BLOCK_ELEMENTS, BLOCK_ROWS, pour_block, row_blocks
 _COMPUTE_SECONDS = 0.6  # for all kinds of work together, if two blocks of each take no longer
 _MEASURED_TOKENS = 1024
 _FIT_PASSES = 6  # products of a matrix and its Hessian while it is fitted
+_STEP_PASSES = 2  # products of a matrix and its Hessian that a step of a refinement takes as long as
 _PIECES = 16  # of the checkpoint, of BLOCK_ELEMENTS numbers
 _WRITE_BYTES = 64 << 20
 _WRITE_CHUNK = 1 << 20
@@ -279,12 +280,12 @@ def _calibration_seconds(graph: Graph, read: Reading) -> float:
     interpret(graph, token_ids, stop_at=last)
     seconds = (perf_counter() - start) * graph.config.num_layers * read.sequences
     seconds *= 1 + read.fitted + read.scaled
-    seconds += _fit_seconds(graph, read.tokens) if read.fitted else 0.0
+    seconds += _fit_seconds(graph, read) if read.fitted else 0.0
     return seconds + (_scale_seconds(graph) if read.scaled else 0.0)
 
 
-def _fit_seconds(graph: Graph, tokens: int) -> float:
-    """Of second moments and of fitting to them, which are products of matrices, from one such product."""
+def _fit_seconds(graph: Graph, read: Reading) -> float:
+    """Of second moments, of fitting to them and refining that: products of matrices, from one such product."""
     linear = [node.op.weights for node in graph.nodes if isinstance(node.op, Linear)]
     fitted = {weight.name: weight for weight in fittable(graph)}
     widths = [graph.weights[names[0]].shape[1] for names in linear if not fitted.keys().isdisjoint(names)]
@@ -294,8 +295,11 @@ def _fit_seconds(graph: Graph, tokens: int) -> float:
         start = perf_counter()
         sample.T @ sample
         spent.append(perf_counter() - start)
-    products = sum(2 * tokens * width**2 for width in widths)  # of the model's inputs with themselves, and the floats'
-    products += _FIT_PASSES * sum(_elements(weight) * weight.shape[1] for weight in fitted.values())
+    # Of the model's inputs with themselves, and the floats'.
+    products = sum(2.0 * read.tokens * width**2 for width in widths)
+    for weight in fitted.values():
+        passes = _FIT_PASSES + (_STEP_PASSES * read.steps if weight.scheme.bits < 8 else 0)
+        products += passes * _elements(weight) * weight.shape[1]
     return min(spent) * products / (sample.size * sample.shape[1])
 
 

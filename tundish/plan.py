@@ -19,6 +19,7 @@ from converters.errors import ResourceError, UsageError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
 from converters.ops import MAX_SCORES, MAX_WEIGHTS, Linear
 from converters.passes.assign import requested_scheme
+from converters.quantize.refinement import REFINED_ARRAYS, REFINED_ELEMENTS
 from converters.quantize.scheme import NumberType
 from converters.quantize.sequential import fittable
 from exporters.base import Exporter, Layout, Model, Semantics, Target
@@ -115,7 +116,7 @@ def make_plan(
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
     if read.fitted:
-        warm_up_fit(graph)
+        warm_up_fit(graph, recipe.settled_method)
     compiling = perf_counter() - start
     held = own_memory() + _SLACK
     phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
@@ -187,7 +188,8 @@ def _calibration_bytes(graph: Graph, read: Reading) -> int:
         4 * (_FIT_MATRICES * min(rows * width, max(FIT_ELEMENTS, width)) + _FIT_HESSIANS * width**2) + rows * width
         for rows, width in (weight.shape for weight in fittable(graph))
     ]
-    return tokenizer + 2 * activations + max(alone, max(fits))
+    refined = 4 * REFINED_ARRAYS * REFINED_ELEMENTS if read.steps else 0
+    return tokenizer + 2 * activations + max(alone, max(fits) + refined)
 
 
 def _widest_moment(graph: Graph) -> int:

@@ -201,6 +201,9 @@ class Method(StrEnum):
     AWQ = "awq"
     GPTQ = "gptq"
     AWQ_GPTQ = "awq+gptq"
+    GPTQ_ADAROUND = "gptq+adaround"
+    GPTQ_SIGNROUND = "gptq+signround"
+    BEST = "best"
 
     @property
     def scales(self) -> bool:
@@ -210,7 +213,7 @@ class Method(StrEnum):
     @property
     def fits(self) -> bool:
         """Whether layers are fitted to what the float model computes: converters.quantize.gptq."""
-        return self in (Method.GPTQ, Method.AWQ_GPTQ)
+        return self in (Method.GPTQ, Method.AWQ_GPTQ, Method.GPTQ_ADAROUND, Method.GPTQ_SIGNROUND)
 
 
 def _budget_size(text: object) -> str:
@@ -368,7 +371,8 @@ class Recipe(_Part):
     method: Method = Field(
         default=Method.RTN,
         description="rtn: round to nearest; hqq: half-quadratic, without data; on calibration text, awq: scale columns "
-        "by what drives them, gptq: fit each layer's output, awq+gptq: both",
+        "by what drives them, gptq: fit each layer's output, awq+gptq: both, gptq+adaround and gptq+signround: then "
+        "refine rounding by gradient; best: what was measured to be, gptq on text and rtn without",
     )
     calibration: Calibration = Calibration()
     budget: Annotated[Budget | None, BeforeValidator(_budget, json_schema_input_type=Budget | str | None)] = None
@@ -378,6 +382,14 @@ class Recipe(_Part):
         BeforeValidator(_targets, json_schema_input_type=_TargetsFile),
     ]
     verify: Verify = Verify()
+
+    @property
+    def settled_method(self) -> Method:
+        """The method itself where the recipe says `best`: what docs/quantization.md measured to be, with text and
+        without."""
+        if self.method is not Method.BEST:
+            return self.method
+        return Method.GPTQ if self.calibration.source.is_text else Method.RTN
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -543,7 +555,8 @@ def _calibration_contradictions(recipe: Recipe, located: Located) -> list[Proble
         if getattr(calibration, key) is not None and source is not reader:
             where = locate(located, ("calibration", key))[0].where
             problems.append(Problem(f"calibration.{key} is not used", where, f"source {reader}", source))
-    if (recipe.method.fits or recipe.method.scales) and not source.is_text:
+    method = recipe.settled_method
+    if (method.fits or method.scales) and not source.is_text:
         where = locate(located, ("method",))[0].where
         problems.append(
             Problem(f"{recipe.method} needs text to learn from", where, "calibration: {source: text}", source)

@@ -46,7 +46,7 @@ def settle_schemes(
         lambda: known_importance(model, recipe),
         _sensitivity_tokens(model, recipe),
         recipe.budget.sensitivity is Sensitivity.MEASURED,
-        frozenset(weight.name for weight in fittable(model.graph)) if recipe.method.fits else frozenset(),
+        frozenset(weight.name for weight in fittable(model.graph)) if recipe.settled_method.fits else frozenset(),
         start,
         advance,
     )

@@ -17,7 +17,7 @@ whole: they are ordered by their sum, the columns inside each by their own, and 
 
 Then come sweeps (QuantEase, Behdin et al. 2023, arXiv:2309.01885): every code is set to the best there is while all
 others stay, and every scale, where a block of columns is a group, is refitted to its codes. No step makes the loss
-larger.
+larger. AdaRound or SignRound may go over the codes after that.
 
 A layer whose inputs X' come from a quantized model should match W X, not W X' (GPTAQ, Li et al. 2025,
 arXiv:2504.02692): |W X - Q X'|^2 is |(W' - Q) X'|^2 and a constant for W' = W X X'^T (X' X'^T)^-1, so W' is what is
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from converters.quantize.gptq_kernels import quantize_columns, sweep_columns
 from converters.quantize.half import to_fp16
+from converters.quantize.refinement import Refine
 from converters.quantize.rtn import choose_scales, lowest_code
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import F32, U8, QuantTensor
@@ -58,6 +59,7 @@ def quantize_gptq(
     match_damping: float = 0.1,
     shrinkage: float = 0.1,
     sweeps: int = 4,
+    refine: Refine | None = None,
 ) -> QuantTensor:
     """Quantize a matrix f32[out, in] for inputs with second moments hessian f32[in, in]; `in` must fit the groups.
 
@@ -70,6 +72,7 @@ def quantize_gptq(
     shrinkage: part of each H_jj that is added to it, which is to say that the correlations between inputs are trusted
              that much less in other text than the calibration's.
     sweeps:  at most so many after GPTQ; fewer if one changes nothing.
+    refine:  what then goes over a matrix of few bits: at 8 there is nothing to gain.
 
     ValueError if the moments are not finite, or singular with the damping at its most; OverflowError if a scale does
     not fit fp16. Takes the memory of another two Hessians (four with `cross`) and three matrices.
@@ -92,7 +95,9 @@ def quantize_gptq(
     for _ in range(sweeps):
         if not _sweep(state, hessian, damp):
             break
-    return state.tensor()
+    if refine is None or scheme.bits >= 8:
+        return state.tensor()
+    return refine(state.target.T, _damped(hessian, damp), state.tensor(), scheme)
 
 
 class _State:
@@ -174,13 +179,17 @@ def factorize(matrix: F32) -> None:
 def _match(weight: F32, hessian: F32, cross: F32 | None, deficit: F32 | None, damp: F32) -> F32:
     """(W C + B + W D) (H + D)^-1, B the deficit and D the damping, which is on both sides, so that inputs that say
     nothing leave the weights alone."""
-    damped = hessian.copy()
-    damped[np.diag_indices(len(damped))] += damp
     wanted = weight @ (hessian if cross is None else cross) + weight * damp
     if deficit is not None:
         wanted += deficit
-    matched: F32 = np.linalg.solve(damped, wanted.T).T
+    matched: F32 = np.linalg.solve(_damped(hessian, damp), wanted.T).T
     return matched
+
+
+def _damped(hessian: F32, damp: F32) -> F32:
+    damped = hessian.copy()
+    damped[np.diag_indices(len(damped))] += damp
+    return damped
 
 
 def _quantize(state: _State, factor: F32) -> None:

@@ -68,7 +68,7 @@ def quantize_columns(
             least[:] = np.inf
             for factor in factors:
                 for lane in range(LANES):
-                    s[lane] = _on_grid(first[lane] * factor, split)
+                    s[lane] = on_grid(first[lane] * factor, split)
                 _round_in_turn(x, w, feedback, cost, s, z, low, top, v, e, loss)
                 for lane in range(LANES):
                     best[lane] = s[lane] if loss[lane] < least[lane] else best[lane]
@@ -217,7 +217,7 @@ def _refit(p: F32, v: F32, hessian: F32, split: float, s: F32) -> int:  # pragma
             square[lane] += v[k, lane] * t[lane]
     changed = 0
     for lane in range(LANES):
-        found = _on_grid(s[lane] + (product[lane] / square[lane] if square[lane] > 0 else _ZERO), split)
+        found = on_grid(s[lane] + (product[lane] / square[lane] if square[lane] > 0 else _ZERO), split)
         step = found - s[lane]
         pays = step != 0 and found != 0 and step * (_TWO * product[lane] - step * square[lane]) > 0
         move[lane] = step if pays else _ZERO
@@ -231,7 +231,7 @@ def _refit(p: F32, v: F32, hessian: F32, split: float, s: F32) -> int:  # pragma
 
 
 @njit(cache=True, nogil=True)
-def _on_grid(scale: np.float32, split: float) -> np.float32:  # pragma: no cover
+def on_grid(scale: np.float32, split: float) -> np.float32:  # pragma: no cover
     """The nearest fp16 scale, of 24 - b significant bits where split = 2**b + 1 (Veltkamp's split); 0 if too large."""
     large = scale * np.float32(split)
     rounded = large - (large - scale)

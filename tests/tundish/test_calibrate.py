@@ -77,7 +77,7 @@ def test_moments_that_are_no_good_name_the_matrix(checkpoint: Path, tmp_path: Pa
     weight = open_model(Source("tiny", checkpoint), recipe).graph.weights["blocks.0.attn_q"]
     singular = -np.eye(64, dtype=np.float32)
     with pytest.raises(ModelError, match=r"cannot be fitted.*blocks\.0\.attn_q.*singular"):
-        calibrating._fit(CodeStore(tmp_path), weight, Moments(singular))
+        calibrating._fit(CodeStore(tmp_path), None, weight, Moments(singular))
 
 
 GPTQ: dict[str, object] = {
@@ -128,7 +128,7 @@ def test_gptq_gives_every_container_the_same_numbers(checkpoint: Path, tmp_path:
     np.testing.assert_array_equal(plain["embedding"], read[Target.GGUF]["embedding"])
 
 
-@pytest.mark.parametrize("method", ["hqq", "awq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["hqq", "awq", "awq+gptq", "gptq+adaround"])
 def test_other_methods_compute_the_same_model(
     checkpoint: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "gptq+signround"])
 def test_another_recipe_of_the_model_need_not_calibrate(
     checkpoint: Path, tmp_path: Path, fits: list[str], method: str
 ) -> None:
@@ -78,6 +78,17 @@ def test_another_recipe_of_the_model_need_not_calibrate(
     assert [path.name for path in calibrations().iterdir()] == [calibration_folders()[0].name]
     index = read_index(calibration_folders()[0])
     assert index is not None and (index["bits"] is not None) == ("gptq" in method)
+
+
+def test_best_takes_what_the_method_that_it_settles_to_has_kept(
+    checkpoint: Path, tmp_path: Path, fits: list[str]
+) -> None:
+    built(tmp_path, checkpoint, "first", method="gptq")
+    built(tmp_path, checkpoint, "second", method="best")
+    assert fits == ["read"]
+    first, second = (read_manifest(tmp_path / name) for name in ("first", "second"))
+    assert second["calibration"] == first["calibration"] and second["calibration"]["method"] == "gptq"
+    assert second["recipe"]["method"] == "best"
 
 
 def test_what_the_model_wrote_itself_is_not_written_again(

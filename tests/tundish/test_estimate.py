@@ -144,6 +144,10 @@ def test_a_model_that_is_fitted_reads_each_sequence_twice_and_multiplies(
     matrices = sum(math.prod(weight.shape) * weight.shape[1] for weight in fittable(model.graph))
     fitting = (moments + 6 * matrices) / (1024 * 64**2)
     assert calibrate(Reading(3, 16, together=True, fitted=True)) == pytest.approx(6 * layers + fitting)
+    few = sum(math.prod(weight.shape) * weight.shape[1] for weight in fittable(model.graph) if weight.scheme.bits < 8)
+    refining = 2 * 10 * few / (1024 * 64**2)
+    read = Reading(3, 16, together=True, fitted=True, steps=10)
+    assert few and calibrate(read) == pytest.approx(6 * layers + fitting + refining)
 
 
 def test_a_nearly_full_disk_is_not_filled(

@@ -56,6 +56,9 @@ def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: 
     # A token's gate and up, their product and the residual; the fitted model beside that of floats.
     one = 2000 * 64 * 4 * (2 * 96 + 96 + 64)
     assert grown("rtn") == pytest.approx(one, rel=0.1) and grown("gptq") == pytest.approx(2 * one, rel=0.1)
+    planned("gptq+signround", 1)  # loads kernels
+    refining = planned("gptq+signround", 2001).phases["calibration"] - planned("gptq", 2001).phases["calibration"]
+    assert refining == pytest.approx(48 << 20, rel=0.1), "twelve arrays of four megabytes"
     model, recipe = opened(checkpoint, tmp_path)
     codes = sum(
         math.prod(weight.shape) + 2 * weight.shape[0] * weight.shape[1] // 32

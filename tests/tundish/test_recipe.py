@@ -24,6 +24,7 @@ from tundish import library, recipe_yaml
 from tundish.library import LIBRARY, Summary, recipe_names, summaries
 from tundish.recipe import (
     Device,
+    Method,
     Recipe,
     json_schema,
     list_recipes,
@@ -135,7 +136,19 @@ def test_fitted_recipe(name: str, budget: str) -> None:
     )
     assert {scheme.name for scheme in recipe.schemes.overrides.values()} == {"int8_g32"}
     assert recipe.budget is not None and recipe.budget.size == budget and not recipe.budget.fixed
-    assert recipe.method.fits and recipe.calibration.source.is_text
+    assert recipe.method is Method.BEST and recipe.settled_method is Method.GPTQ and recipe.calibration.source.is_text
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("source", ["text", "random-tokens", "none"])
+def test_best_is_what_there_is_for_what_the_model_reads(method: Method, source: str) -> None:
+    path = write(GOOD + f"method: {method}\ncalibration: {{source: {source}}}\n")
+    if source == "text" or method in (Method.RTN, Method.HQQ, Method.BEST):
+        found = load_recipe(path).settled_method
+        assert found is ((Method.GPTQ if source == "text" else Method.RTN) if method is Method.BEST else method)
+    else:
+        with pytest.raises(UsageError, match=f"{re.escape(method)} needs text"):
+            load_recipe(path)
 
 
 @pytest.mark.parametrize("mix", MIXES_SHIPPED)
