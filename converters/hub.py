@@ -25,6 +25,7 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt",
 UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's second copy of the weights
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
+_SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([\w ]+)")  # as Python words it, within what others made of it
 FAILURES = (HfHubHTTPError, HFValidationError, OSError)  # what huggingface_hub raises, with that of requests
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
@@ -63,7 +64,10 @@ def require_endpoint() -> None:
 
 
 def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "model") -> TundishError:
-    """The error a user can mend for what huggingface_hub raised about a repository of that kind, model or dataset."""
+    """The error a user can mend for what huggingface_hub raised about a repository of that kind, model or dataset.
+
+    ModelError for a model. A dataset is a recipe's text like a file of the user's: UsageError.
+    """
     is_model = kind == "model"  # only a model's id could have meant a folder
     page = f"{constants.ENDPOINT}/{'' if is_model else 'datasets/'}{repo_id}"
     neither, rule = ("no such folder, and ", f"{FOLDER_RULE} ") if is_model else ("", "")
@@ -96,9 +100,22 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
         (OSError, "download broke off", lambda: "Run again: it continues where it stopped."),
     ]
     what, mend = next((what, mend) for failure, what, mend in rows if isinstance(error, failure))
+    kind_of_error = ModelError if is_model else UsageError
+    return kind_of_error(what, where=repo_id, found=_reason(error), mend=mend())
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a few words: those of huggingface_hub and requests have objects and addresses in them."""
     cause = error.__cause__ or error
-    found = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return ModelError(what, where=repo_id, found=found, mend=mend())
+    response = getattr(cause, "response", None)
+    if response is not None:
+        return f"HTTP status {response.status_code} {response.reason or ''}".rstrip()
+    text = str(cause).strip()
+    if "timed out" in text:
+        return "no answer in time"
+    if told := _SYSTEM_ERROR.search(text):
+        return told[1].strip()
+    return (text.splitlines() or [type(cause).__name__])[0]
 
 
 def _out_of_reach(kind: str) -> str:

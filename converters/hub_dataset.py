@@ -9,14 +9,14 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from converters.dataset import SUFFIXES, Dataset
-from converters.errors import ModelError
+from converters.errors import UsageError
 from converters.hub import FAILURES, explain, require_endpoint
 
 ABOUT = ("readme", "license", "dataset_info", "dataset_infos", "state")  # stems of files about a dataset
 
 
 def fetch(dataset: Dataset, name: str) -> Path:
-    """The file of that name, downloaded unless it is in the Hub's cache. ModelError says why it cannot be had."""
+    """The file of that name, downloaded unless it is in the Hub's cache. UsageError says why it cannot be had."""
     try:
         return Path(hf_hub_download(dataset.repo_id, name, repo_type="dataset", revision=dataset.revision))
     except FAILURES as error:
@@ -27,7 +27,7 @@ def find_dataset(repo_id: str, revision: str | None = None, pattern: str | None 
     """The dataset at a branch, tag or commit, by default its main branch; downloads no text yet.
 
     `pattern` chooses files, such as "data/train-*.parquet"; by default those of the training split, if names tell it,
-    and all others otherwise. Without the Hub in reach, the files are those in its cache. ModelError if there are none.
+    and all others otherwise. Without the Hub in reach, the files are those in its cache. UsageError if there are none.
     """
     require_endpoint()
     try:
@@ -42,7 +42,7 @@ def find_dataset(repo_id: str, revision: str | None = None, pattern: str | None 
     else:
         chosen = [name for name in readable if "train" in name.lower()] or readable
     if not chosen:
-        raise ModelError(
+        raise UsageError(
             "the dataset has no text that can be read",
             where=f"{repo_id}, revision {folder.name}",
             expected=f"files *{', *'.join(SUFFIXES)}" + ("" if pattern is None else f" like {pattern}"),

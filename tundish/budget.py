@@ -26,6 +26,7 @@ from converters.role import Role
 from exporters.base import Exporter, Layout, Model, Target, TargetOptions
 from tundish.allocate import F64, Choice, cheapest, cost_of, size_of, smallest
 from tundish.budget_size import BudgetSize
+from tundish.recipe_errors import MisfitError
 
 # What stacks may have besides the recipe's default where the recipe lists nothing; those that a target refuses are left
 # out. llama.cpp's types are refused by all containers but GGUF.
@@ -41,6 +42,8 @@ _DIGITS = 4  # of a cost: what is left out is noise of the arithmetic, which wou
 _ATTEMPTS = 8  # at foreseeing how long headers get; each leaves out the bytes that the last one had too many
 
 Stack = tuple[str, ...]
+Recall = Callable[[Mapping[str, Any], Callable[[], list[F64]]], list[F64]]
+"""The costs f64[options] of each stack; their settings as JSON, and how to find them -> what that comes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ def assign_by_budget(
     token_ids: NDArray[np.int64],
     measured: bool,
     fitted: Set[str] = frozenset(),
+    recall: Recall = lambda settings, find: find(),
     start: Callable[[str, int], None] = lambda text, total: None,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> Assignment:
@@ -127,11 +131,14 @@ def assign_by_budget(
     them. Roles in `fixed_roles` keep the graph's. token_ids: i64[sequences, length], what the model reads while its
     sensitivity is found; calibrate() gives importances f32[in] by weight name, for the quantizer. `measured`: one
     stack after the other is quantized and the KL taken, which takes a run of the model each; else it is estimated.
-    `fitted`: weights whose codes will be fitted to text, which costs less than rounding them.
+    `fitted`: weights whose codes will be fitted to text, which costs less than rounding them. `recall` may know the
+    costs from an earlier time.
 
-    UsageError if a container refuses an alternative, or the budget is outside what assignments take.
+    MisfitError if a container refuses an alternative, no matrix has a fixed role, or the budget is outside what
+    assignments take.
     """
     graph = containers.model.graph
+    _require_roles(graph, fixed_roles)
     options = _find_options(containers, alternatives, fixed_roles, fitted)
     fixed, sizes = _sizes(containers, options)
     costless = [Choice(np.zeros(len(each)), each) for each in sizes]
@@ -142,17 +149,37 @@ def assign_by_budget(
     low = smallest(costless, fixed)
     high = [int(np.argmax([_bits(graph, each.names, schemes) for schemes in each.schemes])) for each in options]
     bounds.require(size, low, high)
-    importance = calibrate()
-    find = _measured_costs if measured else _estimated_costs
-    costs = find(graph, options, importance, token_ids, start, advance)
+
+    def find() -> list[F64]:
+        costs = _measured_costs if measured else _estimated_costs
+        return costs(graph, options, calibrate(), token_ids, start, advance)
+
+    stored = [[[scheme.name for scheme in schemes] for schemes in each.schemes] for each in options]
+    settings = {
+        "method": "measured" if measured else "estimated",
+        "stacks": [[list(each.names), schemes] for each, schemes in zip(options, stored, strict=True)],
+    }
     costs = [
-        cost * (FITTED if fitted and fitted >= {*each.names} else 1) for each, cost in zip(options, costs, strict=True)
+        cost * (FITTED if fitted and fitted >= {*each.names} else 1)
+        for each, cost in zip(options, recall(settings, find), strict=True)
     ]
     choices = [Choice(each, own) for each, own in zip(costs, sizes, strict=True)]
     chosen = _within(size, choices, fixed, bounds)
     front = _front(choices, fixed, bounds, low, high)
     own = {each.names: float(cost[0]) for each, cost in zip(options, costs, strict=True)}
     return Assignment(str(size), bounds.point(choices, chosen, exact=True), front, bounds.schemes(chosen), own)
+
+
+def _require_roles(graph: Graph, fixed_roles: frozenset[Role]) -> None:
+    """MisfitError if no matrix has a role that is to keep its scheme."""
+    present = {role for names in stacks(graph) for role in _roles(graph, [graph.weights[name] for name in names])}
+    if absent := fixed_roles - present:
+        raise MisfitError(
+            f"no matrix is of role {', '.join(sorted(role.value for role in absent))}, which the budget fixes",
+            ("budget", "fixed"),
+            expected="some of " + ", ".join(sorted(role.value for role in present)),
+            mend="Leave it out: norms keep their floats in any case.",
+        )
 
 
 def _find_options(
@@ -176,9 +203,9 @@ def _find_options(
                     refusals[kind] = containers.refusal(dict(zip(names, schemes, strict=True)))
                 refusal = refusals[kind]
                 if refusal is not None and alternatives:
-                    raise UsageError(
+                    raise MisfitError(
                         f"a target cannot hold {scheme.name}, which the budget lists",
-                        where="budget.schemes",
+                        ("budget", "schemes", alternatives.index(scheme)),
                         found=str(refusal),
                         mend="Leave it out of budget.schemes, or the target out of the recipe.",
                     ) from refusal
@@ -235,10 +262,12 @@ def _measured_costs(
     start: Callable[[str, int], None],
     advance: Callable[[int], None],
 ) -> list[F64]:
-    """f64[options] of each stack, in nats: measured for its first, for others by the ratio of squared errors."""
+    """f64[options] of each stack, in nats: measured for its first, for others by the ratio of squared errors; where the
+    first has none, others are estimated."""
     start("measuring what each matrix costs in fewer bits", segment_count(graph) + len(options))
     measured = measure_sensitivity(graph, token_ids, importance, advance)
     found = []
+    exact = []
     for each in options:
         errors = [
             sum(
@@ -248,8 +277,15 @@ def _measured_costs(
             for schemes in each.schemes
         ]
         kl = measured[each.names]
-        found.append(_rounded([kl * error / errors[0] if errors[0] else 0.0 for error in errors]))
+        found.append(_rounded([kl * error / errors[0] if errors[0] else kl for error in errors]))
+        if not errors[0] and any(errors):
+            exact.append(each)
         advance(1)
+    if exact:  # weights that lie on the first scheme's grid: nothing was measured that a ratio could be taken of
+        estimates = _estimated_costs(graph, exact, importance, token_ids, start, advance)
+        by_names = {each.names: costs[1:] for each, costs in zip(exact, estimates, strict=True)}
+        for each, costs in zip(options, found, strict=True):
+            costs[1:] = by_names.get(each.names, costs[1:])
     return found
 
 
@@ -310,7 +346,7 @@ class _Bounds:
         return float(sum(bits[option] for bits, option in zip(self.bits, chosen, strict=True)) / self.elements)
 
     def require(self, size: BudgetSize, low: Sequence[int], high: Sequence[int]) -> None:
-        """UsageError that names both bounds if the budget is outside."""
+        """MisfitError that names both bounds if the budget is outside."""
         least: float
         most: float
         asked: float
@@ -323,9 +359,9 @@ class _Bounds:
             least, most = self.bits_per_weight(fewest), self.bits_per_weight(high)
             asked, unit, shown = size.bits_per_weight, "bits a weight", "{:.4g}"
         if not least <= asked <= most:
-            raise UsageError(
+            raise MisfitError(
                 f"the budget of {size} is {'below the smallest' if asked < least else 'above the largest'} assignment",
-                where="budget",
+                ("budget", "size"),
                 expected=f"{shown.format(least)} to {shown.format(most)} {unit}",
                 found=shown.format(asked),
                 mend="Change the budget, or give other schemes in budget.schemes.",

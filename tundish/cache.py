@@ -1,17 +1,20 @@
-"""The user's cache: the sample, and calibrations that other builds may want. What is in it, and what of it may go.
+"""The user's cache: the sample, and what other builds may want: calibrations, and what matrices cost in fewer bits.
 
-Whoever reads an entry has a shared lock on its folder, which ends with the process; who removes it, an exclusive one.
+An entry that is kept by content is a folder named by the SHA-256 of its key, with an index that has the key. It gets
+its name when it is whole. Whoever reads an entry has a shared lock on its folder, which ends with the process; who
+removes it, an exclusive one.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,11 @@ def calibrations() -> Path:
     return cache_folder() / "calibrations"
 
 
+def costs() -> Path:
+    """The folder of what matrices cost in fewer bits, a folder each."""
+    return cache_folder() / "costs"
+
+
 def cache_disk() -> Path | None:
     """The innermost folder of the cache that exists, to ask about its disk; None if the cache cannot be written to."""
     folder = cache_folder()
@@ -92,14 +100,53 @@ def read_index(folder: Path) -> Json | None:
         return None
 
 
+@contextmanager
+def found(
+    folder: Path, key: Json, damaged: Callable[[Json], list[str]], say: Callable[[str], None], then: str
+) -> Iterator[Json | None]:
+    """The index of an entry, which is not removed meanwhile; None if there is none.
+
+    One that has another key, or of whose files `damaged` names some, is none: it is removed, and `say` is told, with
+    what is done `then`.
+    """
+    with in_use(folder) as there:
+        index = read_index(folder) if there else None
+        wrong = [INDEX] if index is None or index["key"] != key else damaged(index)
+        if there and not wrong:
+            with suppress(OSError):  # one that may only be read serves as well
+                os.utime(folder / INDEX)
+            yield index
+            return
+    if there:
+        say(f"damaged: {', '.join(wrong[:5])} in {folder}; {then}")
+        if cache_disk() is not None:
+            remove(folder)
+    yield None
+
+
+def put(made: Path, folder: Path, fresh: bool) -> bool:
+    """Give an entry that is whole its name, in place of one of that name if `fresh`. False if there is one that is as
+    good: another was faster, or uses it. OSError if the disk refuses."""
+    if fresh:
+        remove(folder)
+    try:
+        made.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
+
+
 def calibration_folders() -> list[Path]:
     """Of the calibrations that are kept, in the order of their names."""
-    return sorted(path for path in _in(calibrations()) if _KEY.fullmatch(path.name) and path.is_dir())
+    return _keyed(calibrations())
 
 
 def entries() -> list[Entry]:
     """All of the cache, the last used first."""
-    found = [entry for folder in calibration_folders() if (entry := _calibration(folder))]
+    kinds = {"calibration": calibrations(), "costs": costs()}
+    found = [entry for kind, root in kinds.items() for folder in _keyed(root) if (entry := _entry(kind, folder))]
     for folder in _in(cache_folder()):
         match = _SAMPLE.fullmatch(folder.name)
         if match and (folder / "config.json").is_file():
@@ -112,7 +159,7 @@ def entries() -> list[Entry]:
 def collect(older_than: float, now: float, say: Callable[[str], None]) -> tuple[list[Entry], list[Entry]]:
     """Remove what was last used more than `older_than` days ago, `now` in seconds since 1970, and what builds left
     that were killed. Returns the entries that are gone, and those that stay because something uses them."""
-    reclaim_calibrations(say)
+    reclaim_entries(say)
     removed: list[Entry] = []
     used: list[Entry] = []
     for entry in entries():
@@ -121,10 +168,11 @@ def collect(older_than: float, now: float, say: Callable[[str], None]) -> tuple[
     return removed, used
 
 
-def reclaim_calibrations(say: Callable[[str], None]) -> None:
-    """Remove what is left of calibrations whose builds were killed."""
-    for key in sorted({match[1] for path in _in(calibrations()) if (match := _LEFT.fullmatch(path.name))}):
-        reclaim(calibrations() / key, say)
+def reclaim_entries(say: Callable[[str], None]) -> None:
+    """Remove what is left of entries whose builds were killed."""
+    for root in (calibrations(), costs()):
+        for key in sorted({match[1] for path in _in(root) if (match := _LEFT.fullmatch(path.name))}):
+            reclaim(root / key, say)
 
 
 def remove(folder: Path) -> bool:
@@ -165,7 +213,11 @@ def _locked(descriptor: int, folder: Path, alone: bool) -> bool:
         return False
 
 
-def _calibration(folder: Path) -> Entry | None:
+def _keyed(root: Path) -> list[Path]:
+    return sorted(path for path in _in(root) if _KEY.fullmatch(path.name) and path.is_dir())
+
+
+def _entry(kind: str, folder: Path) -> Entry | None:
     try:
         path = folder / INDEX
         used = (path if path.exists() else folder).stat().st_mtime
@@ -174,8 +226,8 @@ def _calibration(folder: Path) -> Entry | None:
         return None
     index = read_index(folder)
     if index is None:
-        return Entry(folder, "calibration", "damaged", "", "", nbytes, used)
-    return Entry(folder, "calibration", index["model"], index["key"]["method"], index["text"], nbytes, used)
+        return Entry(folder, kind, "damaged", "", "", nbytes, used)
+    return Entry(folder, kind, index["model"], index["key"]["method"], index["text"], nbytes, used)
 
 
 def _nbytes(folder: Path) -> int:

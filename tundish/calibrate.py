@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.dataset import Dataset
-from converters.errors import ModelError, UsageError
+from converters.errors import ModelError
 from converters.file_digest import sha256_of
 from converters.graph import Graph, Weight
 from converters.ops import Linear
@@ -32,6 +32,7 @@ from converters.quantize.tensor import F32, QuantTensor, Tensor
 from exporters.base import Model
 from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
 from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
+from tundish.recipe_errors import MisfitError
 
 FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
 _REFINE: Mapping[Method, Refine] = {
@@ -39,6 +40,7 @@ _REFINE: Mapping[Method, Refine] = {
     Method.GPTQ_SIGNROUND: refine_signround,
 }
 _STEPS = {Method.GPTQ_ADAROUND: ADAROUND_STEPS, Method.GPTQ_SIGNROUND: SIGNROUND_STEPS}
+CHECKED = 1 << 18  # tokens of text that are looked at before a plan is made
 
 Record = Mapping[str, str | int]
 
@@ -123,28 +125,32 @@ def is_calibrated(graph: Graph, recipe: Recipe) -> bool:
 def reading(model: Model, recipe: Recipe) -> Reading:
     """What the recipe has the model read; nothing if it asks for none, or if no weight is quantized.
 
-    UsageError if a method is asked for and no matrix has an integer scheme, or if sequences exceed the context.
+    MisfitError if a method is asked for and no matrix has an integer scheme, or if sequences exceed the context.
     """
-    calibration, method = recipe.calibration, recipe.settled_method
+    method = recipe.settled_method
     if method is not Method.RTN and not fittable(model.graph):
-        raise UsageError(
+        raise MisfitError(
             f"method {recipe.method} has no matrix to work on",
-            where=f"recipe {recipe.name}",
+            ("method",),
             expected="an integer scheme, such as int4_g32",
             found="schemes " + ", ".join(sorted({weight.scheme.name for weight in model.graph.weights.values()})),
             mend="Leave method out: floats stay what they are, and llama.cpp's block types are rounded with the "
             "calibration's importances.",
         )
-    if not is_calibrated(model.graph, recipe):
-        return NOTHING
+    return reading_asked(model, recipe) if is_calibrated(model.graph, recipe) else NOTHING
+
+
+def reading_asked(model: Model, recipe: Recipe) -> Reading:
+    """What the recipe has a model read if weights are to be quantized. UsageError as `reading`."""
+    calibration, method = recipe.calibration, recipe.settled_method
     match calibration.source:
         case CalibrationSource.RANDOM_TOKENS:
             return Reading(1, calibration.tokens)
         case CalibrationSource.TEXT | CalibrationSource.DATASET | CalibrationSource.SELF:
             if calibration.length > model.context_length:
-                raise UsageError(
+                raise MisfitError(
                     "calibration.length is more than the context",
-                    where=f"recipe {recipe.name}",
+                    ("calibration", "length"),
                     expected=f"at most {model.context_length} tokens",
                     found=str(calibration.length),
                 )
@@ -163,16 +169,33 @@ def warm_up_fit(graph: Graph, method: Method) -> None:
         quantize_gptq(weight, hessian, scheme, refine=_REFINE.get(method))
 
 
-def calibration_text(model: Model, recipe: Recipe) -> CalibrationText | None:
-    """The text that the recipe has the model read, if it does. UsageError says what is wrong with it."""
+def calibration_text(
+    model: Model, recipe: Recipe, say: Callable[[str], None] = lambda text: None
+) -> CalibrationText | None:
+    """The text that the recipe has the model read, if it does. UsageError says what is wrong with it; `say` is told if
+    not all of it is looked at."""
     read = reading(model, recipe)
     if not read.together:
         return None
     origin = origin_of(recipe.calibration)
     if isinstance(origin, OwnText):
         return CalibrationText(origin, None)
-    token_ids = calibration_ids(model, recipe.calibration, origin, read.sequences, read.length)
+    token_ids = calibration_ids(model, recipe.calibration, origin, read.sequences, read.length, say=say)
     return CalibrationText(origin, token_ids)
+
+
+def check_calibration(model: Model, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Refuse what calibration_text and calibrate would refuse, as far as that shows within seconds: a dataset is looked
+    for and not read, and of a long calibration CHECKED tokens are. `say` as there."""
+    read, calibration = reading(model, recipe), recipe.calibration
+    if calibration.source is CalibrationSource.IMATRIX and is_calibrated(model.graph, recipe):
+        _calibrate_by_matrix(model, Path(calibration.file or ""), lambda text: None)
+    if not read.together:
+        return
+    origin = origin_of(calibration)
+    if isinstance(origin, Files | Documentation):
+        sequences = min(read.sequences, max(1, CHECKED // read.length))
+        calibration_ids(model, calibration, origin, sequences, read.length, say=say)
 
 
 def calibrate(
@@ -224,10 +247,10 @@ def _read_text(
     say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {title_of(text.origin)}")
     scales: dict[str, F32] = {}
     if read.scaled:
-        start("scaling columns", _linear_elements(graph))
+        start("scaling columns", linear_elements(graph))
         scales = find_scales(graph, token_ids, advance)
         graph = fold_scales(graph, scales)
-    start("fitting layers" if read.fitted else "calibrating", _linear_elements(graph))
+    start("fitting layers" if read.fitted else "calibrating", linear_elements(graph))
     store = CodeStore(folder) if read.fitted else None
     fit = None if store is None else partial(_fit, store, _REFINE.get(recipe.settled_method))
     importance = quantize_sequentially(graph, token_ids, fit, advance=advance)
@@ -255,7 +278,7 @@ def _text_record(recipe: Recipe, text: CalibrationText, findings: Findings) -> R
 
 
 def origin_of(calibration: Calibration) -> Origin:
-    """Where the text of a calibration by text comes from. ModelError if a dataset cannot be found."""
+    """Where the text of a calibration by text comes from. UsageError if a dataset cannot be found."""
     match calibration.source:
         case CalibrationSource.DATASET:
             from converters.hub_dataset import find_dataset  # huggingface_hub is slow to import
@@ -274,9 +297,10 @@ def calibration_ids(
     sequences: int,
     length: int,
     advance: Callable[[int], None] = lambda tokens: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> NDArray[np.int64]:
     """Sequences i64[sequences, length] of the calibration's text, as calibration_sequences gives them."""
-    return calibration_sequences(model, origin, sequences, length, calibration.seed, calibration.chat, advance)
+    return calibration_sequences(model, origin, sequences, length, calibration.seed, calibration.chat, advance, say)
 
 
 def known_importance(model: Model, recipe: Recipe) -> Mapping[str, F32]:
@@ -288,7 +312,19 @@ def known_importance(model: Model, recipe: Recipe) -> Mapping[str, F32]:
     return random_token_importance(model.graph, recipe.calibration.tokens, recipe.calibration.seed)
 
 
-def _linear_elements(graph: Graph) -> int:
+def known_importance_key(model: Model, recipe: Recipe) -> dict[str, str | int] | None:
+    """What known_importance depends on besides the checkpoint; computes nothing. None if uncalibrated."""
+    calibration = recipe.calibration
+    if not calibration.is_on:
+        return None
+    if calibration.source is CalibrationSource.IMATRIX:
+        record = _calibrate_by_matrix(model, Path(calibration.file or ""), lambda text: None).record or {}
+        return {"sha256": record["sha256"]}
+    return {"tokens": calibration.tokens, "seed": calibration.seed}
+
+
+def linear_elements(graph: Graph) -> int:
+    """Numbers in the matrices that Linears use, each use counted: what reading text advances by."""
     used = [name for node in graph.nodes if isinstance(node.op, Linear) for name in node.op.weights]
     return sum(math.prod(graph.weights[name].shape) for name in used)
 

@@ -7,10 +7,8 @@ name when it is whole; a build pours straight from it.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +29,11 @@ from tundish.cache import (
     calibration_folders,
     calibrations,
     canonical,
+    found,
     in_use,
+    put,
     read_index,
-    reclaim_calibrations,
-    remove,
+    reclaim_entries,
     write_index,
 )
 from tundish.calibrate import CalibrationText, Find, Findings, Keep, title_of
@@ -43,7 +42,7 @@ from tundish.disk import cache_errors, disk_errors
 from tundish.publish import staging
 from tundish.recipe import Recipe
 
-CALIBRATION_VERSION = 1  # to be raised whenever the same key comes to other findings
+CALIBRATION_VERSION = 2  # to be raised whenever the same key comes to other findings
 _IMPORTANCE, _SCALES = "importance.npz", "scales.npz"
 
 
@@ -101,16 +100,16 @@ def keeping(key: Key | None, out: Path, fresh: bool, threads: int, say: Callable
     ResourceError says that the cache's disk is full.
     """
     with ExitStack() as stack:
-        found = None if key is None or fresh else _kept(key, threads, stack, say)
+        kept = None if key is None or fresh else _kept(key, threads, stack, say)
 
         def keep(find: Find) -> Findings:
             assert key is not None
-            if found is None:
+            if kept is None:
                 return _made(key, find, out, fresh, threads, stack, say)
             say(f"calibration: cached ({key.folder.name[:12]} of `tundish cache ls`)")
-            return found
+            return kept
 
-        yield Keeper(found, keep)
+        yield Keeper(kept, keep)
 
 
 def _settings(graph: Graph, recipe: Recipe) -> Json:
@@ -127,21 +126,15 @@ def _settings(graph: Graph, recipe: Recipe) -> Json:
 def _kept(key: Key, threads: int, stack: ExitStack, say: Callable[[str], None]) -> Findings | None:
     """What is in an entry, which `stack` then keeps from being removed; None if there is none or it is damaged."""
     folder = key.folder
-    with ExitStack() as attempt:
-        if not attempt.enter_context(in_use(folder)):
-            return None
-        index = read_index(folder)
-        damaged = [INDEX] if index is None or index["key"] != key.parts else _damaged(folder, index["files"], threads)
-        if index is not None and not damaged:
-            with suppress(OSError):  # one that may only be read serves as well
-                os.utime(folder / INDEX)
-            stack.push(attempt.pop_all())
-            codes = CodeStore(folder, index["bits"]) if index["bits"] is not None else None
-            return Findings(index["token_ids_sha256"], _load(folder / _IMPORTANCE), _load(folder / _SCALES), codes)
-    say(f"damaged: {', '.join(damaged[:5])} in {folder}; the calibration is made anew")
-    if cache_disk() is not None:
-        remove(folder)
-    return None
+
+    def damaged(index: Json) -> list[str]:
+        return _damaged(folder, index["files"], threads)
+
+    index = stack.enter_context(found(folder, key.parts, damaged, say, "the calibration is made anew"))
+    if index is None:
+        return None
+    codes = CodeStore(folder, index["bits"]) if index["bits"] is not None else None
+    return Findings(index["token_ids_sha256"], _load(folder / _IMPORTANCE), _load(folder / _SCALES), codes)
 
 
 def _damaged(folder: Path, files: Mapping[str, Json], threads: int) -> list[str]:
@@ -167,22 +160,16 @@ def _made(
         scratch = stack.enter_context(staging(out))
         with disk_errors(out):
             return find(scratch)
-    reclaim_calibrations(say)
+    reclaim_entries(say)
     folder = key.folder
     made = stack.enter_context(staging(folder, cache_errors)) / "entry"
     with cache_errors(folder.parent):
         made.mkdir()
         findings = find(made)
         _write(made, key, findings, threads)
-        if fresh:
-            remove(folder)
         stack.enter_context(in_use(made))
-        try:
-            made.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            return findings  # another build was faster; ours are removed at the end
+        if not put(made, folder, fresh):
+            return findings  # ours are removed at the end
     return findings if findings.codes is None else replace(findings, codes=CodeStore(folder, findings.codes.bits))
 
 

@@ -21,6 +21,7 @@ from converters.tokenizer_json import ensure_tokenizer_json
 from exporters.base import Model
 from tundish.documentation import NAME, documentation
 from tundish.heldout import require_not_held_out
+from tundish.recipe_errors import MisfitError
 from tundish.text_files import Conversation, Text, read_texts, text_files
 
 PIECE = 1 << 16  # characters that are tokenized at a time
@@ -60,24 +61,26 @@ def calibration_sequences(
     seed: int,
     chat: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Ids:
     """Token ids i64[sequences, length] of the origin's text. Each begins with BOS where the model wants one.
 
     Plain text: windows that do not overlap, chosen at random by the seed. `chat`: conversations in random order, one
     after the other, the last of a sequence cut off; a text is made messages of the user's, paragraphs together up to a
     size, and the prompt for an answer follows. OwnText: see `own_text`. Of more than MOST characters the first ones
-    count.
+    count, which `say` is told.
 
     UsageError says what is wrong with a text, or how much it lacks, ModelError that chat is asked of a model without a
     template. `advance` counts tokens that are generated.
     """
     encoder = _Encoder(model.tokenizer)
+    _require_enough(sequences, length, len(encoder.bos))
     if isinstance(origin, OwnText):
         ids = own_text(model, sequences, length, seed, chat, advance)
     else:
         most = max(MOST, MOST_PER_TOKEN * sequences * length)
-        texts = _up_to(most, _texts(origin))
         where = name_of(origin)
+        texts = _up_to(most, _texts(origin), where, say)
         if chat:
             ids = _packed(encoder.encode(_prompts(model.tokenizer, texts)), encoder.bos, sequences, length, seed, where)
         else:
@@ -93,6 +96,17 @@ def calibration_sequences(
             found=f"{distinct} different tokens",
         )
     return ids
+
+
+def _require_enough(sequences: int, length: int, bos: int) -> None:
+    """MisfitError if sequences cannot have LEAST_DISTINCT tokens, whatever the text is."""
+    if sequences * (length - bos) < LEAST_DISTINCT:
+        raise MisfitError(
+            "calibration.sequences and calibration.length read too few tokens to learn from",
+            ("calibration", "length"),
+            expected=f"at least {LEAST_DISTINCT} tokens" + (" besides those that begin each sequence" if bos else ""),
+            found=f"{sequences} × {length}",
+        )
 
 
 def digest(ids: Ids) -> str:
@@ -169,15 +183,17 @@ def name_of(origin: Origin) -> str:
             return "the model's own text"
 
 
-def _up_to(most: int, texts: Iterable[Text]) -> Iterator[Text]:
+def _up_to(most: int, texts: Iterable[Text], where: str, say: Callable[[str], None]) -> Iterator[Text]:
     """Texts until they hold that many characters; the one that passes it is cut off, or left out if it is a talk."""
+    left = most
     for text in texts:
         size = len(text.text if isinstance(text, Conversation) else text)
-        if size >= most:
-            if isinstance(text, str):
-                yield text[:most]
+        if size > left:
+            say(f"calibration: of {where} the first {most:,} characters are read")
+            if isinstance(text, str) and left:
+                yield text[:left]
             return
-        most -= size
+        left -= size
         yield text
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -70,6 +70,9 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to wri
 TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 _published = False  # whether this command has, for what is said if it is interrupted
@@ -114,7 +117,7 @@ def build(
     target: TargetOption = None,
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Calibrate anew, even if the cache has it.")] = False,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model by a recipe, verify the artifacts in their runtimes, and publish them."""
@@ -135,13 +138,14 @@ def plan(
     target: TargetOption = None,
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
     with watcher() as watching:
-        settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads), watching)
+        settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads, fresh), watching)
     document = {
         "recipe": settled.name,
         "tensors": [
@@ -229,6 +233,25 @@ def compare(
     failure = comparison.failure_of(document)
     if failure is not None:
         raise failure
+
+
+@app.command()
+def imatrix(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    model: ModelOption = None,
+    form: Annotated[
+        Literal["gguf", "dat"] | None,
+        typer.Option("--format", help="gguf, or dat, the older one. Default: as FILE ends."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write what a recipe's calibration measures as an importance matrix of llama.cpp: llama-quantize takes it."""
+    from tundish import importance_matrix, job
+
+    with watcher() as watching:
+        document = importance_matrix.make_imatrix(job.Choices(recipe, model), out, form, watching)
+    show(document, as_json, tables.imatrix_text)
 
 
 @app.command()

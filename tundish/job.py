@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,8 +27,9 @@ from converters.source import (
 from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tundish.cache import cache_disk, in_use
-from tundish.calibrate import NOTHING, calibrate, calibration_text, is_calibrated, reading
+from tundish.calibrate import NOTHING, calibrate, calibration_text, check_calibration, is_calibrated, reading
 from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
+from tundish.cost_cache import CostMemory
 from tundish.disk import disk_errors
 from tundish.estimate import estimate_time
 from tundish.manifest import build_manifest, verification_record
@@ -36,11 +38,15 @@ from tundish.model import SAMPLE, find_source, open_model
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import pour
 from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
-from tundish.recipe import Recipe, load_recipe, recipe_digest
+from tundish.recipe import Recipe, line_of, load_recipe, recipe_digest
+from tundish.recipe_errors import MisfitError
 from tundish.report import write_report
 from tundish.settle import settle_schemes, with_recorded_schemes
 from tundish.signals import deferred_signals
 from tundish.verify import TargetResult, verify
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,19 @@ class Choices:
     fresh: bool = False
 
 
+def telling_lines(work: Callable[Concatenate[Choices, P], T]) -> Callable[Concatenate[Choices, P], T]:
+    """Work whose MisfitErrors name the line of the recipe."""
+
+    @wraps(work)
+    def told(choices: Choices, /, *arguments: P.args, **names: P.kwargs) -> T:
+        try:
+            return work(choices, *arguments, **names)
+        except MisfitError as error:
+            raise error.at(line_of(choices.recipe, error.key)) from error.__cause__
+
+    return told
+
+
 def settle_recipe(choices: Choices) -> Recipe:
     """The recipe with its targets narrowed to those chosen."""
     recipe = load_recipe(choices.recipe)
@@ -95,23 +114,29 @@ def settle_source(choices: Choices, recipe: Recipe) -> Source:
     return find_source(recipe.model.source, recipe.model.revision)
 
 
+@telling_lines
 def plan_job(choices: Choices, watcher: Watcher = SILENT) -> tuple[Recipe, Plan]:
     """What a build would write and need; writes a temporary file to measure the disk, and nothing else.
 
     What this machine lacks for it is its `shortage`; the time is measured where there is none. A budget has the
-    sensitivity of every matrix measured, which takes minutes.
+    sensitivity of every matrix measured, which takes minutes, and is kept in the cache for the build.
     """
     start = perf_counter()
     recipe = settle_recipe(choices)
     threads = choices.threads or cores()
     source = settle_source(choices, recipe)
-    model, assignment = settle_schemes(open_model(source, recipe), recipe, watcher.start, watcher.advance)
+    checkpoint = cache(partial(source_digest, source.folder, threads))
+    memory = CostMemory(checkpoint, choices.fresh, watcher.say)
+    model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
     plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
-    prepare = perf_counter() - start - plan.compiling  # once: the next build finds them
+    prepare = perf_counter() - start - plan.compiling - memory.seconds  # these once: the next build finds them
     out = output(choices, recipe)
-    if not choices.fresh and may_be_kept(model.graph, recipe) and (text := calibration_text(model, recipe)):
-        key = key_of(model, recipe, text, source_digest(source.folder, threads))
-        plan = plan.with_cached_calibration() if is_kept(key) else plan
+    if not choices.fresh and may_be_kept(model.graph, recipe):
+        if text := calibration_text(model, recipe, watcher.say):
+            key = key_of(model, recipe, text, checkpoint())
+            plan = plan.with_cached_calibration() if is_kept(key) else plan
+    else:
+        check_calibration(model, recipe, watcher.say)
     shortage = shortage_of(plan, out, cache_disk())
     if shortage is not None:
         return recipe, replace(plan, shortage=shortage)
@@ -126,6 +151,7 @@ def output(choices: Choices, recipe: Recipe) -> Path:
     return (choices.out or Path("dist") / recipe.name).absolute()
 
 
+@telling_lines
 def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     """Build every target of a recipe and return the manifest.
 
@@ -144,13 +170,17 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     stamp = source_stamp(source.folder)
     files = source_files(source.folder)
     with blaming_changes(source.folder, stamp), in_use(source.folder), digesting(files.values()) as inputs:
-        model, assignment = settle_schemes(open_model(source, recipe), recipe, watcher.start, watcher.advance)
+
+        def checkpoint() -> dict[str, str]:
+            sha256 = inputs.result()
+            return {name: sha256[path] for name, path in files.items()}
+
+        memory = CostMemory(checkpoint, choices.fresh, watcher.say)
+        model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
         watcher.say("planning; kernels that were never used here are compiled")
         plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
-        text, key = calibration_text(model, recipe), None
-        if text is not None:
-            sha256 = inputs.result()
-            key = key_of(model, recipe, text, {name: sha256[path] for name, path in files.items()})
+        text = calibration_text(model, recipe, watcher.say)
+        key = None if text is None else key_of(model, recipe, text, checkpoint())
         with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
             plan = plan if keeper.found is None else plan.with_cached_calibration()
             shortage = shortage_of(plan, out, cache_disk())

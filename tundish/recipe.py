@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -38,7 +38,7 @@ from exporters.target import Target
 from tundish.budget_size import EXPECTED, PATTERN, BudgetSize, parse_budget
 from tundish.library import LIBRARY, NOT_INHERITED, recipe_names
 from tundish.recipe_errors import locate, problems_of
-from tundish.recipe_yaml import SUFFIX, Files, Json, Located, Problem, raise_all, resolve
+from tundish.recipe_yaml import SUFFIX, Files, Json, Located, Problem, Where, raise_all, resolve
 
 
 class Device(StrEnum):
@@ -181,7 +181,7 @@ class Calibration(_Part):
     files: Text | None = Field(default=None, description='of the dataset, such as "data/train-*.parquet"')
     chat: Flag = Field(default=False, description="text goes through the model's chat template, as a user's messages")
     sequences: Count = Field(default=64, description="of text")
-    length: Count = Field(default=512, description="tokens of each sequence of text")
+    length: Annotated[int, Field(strict=True, ge=2)] = Field(default=512, description="tokens of each sequence of text")
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
     file: Text | None = Field(
         default=None, description="llama.cpp's importance matrix of the model, for source imatrix; .gguf or .dat"
@@ -238,8 +238,8 @@ class Budget(_Part):
         description="bytes of the largest artifact, such as 1.9GB, 92MB or 88MiB, or 120% of those of all matrices "
         "in the recipe's own schemes; or bits a weight, such as 4.5bpw"
     )
-    schemes: tuple[SchemeName, ...] = Field(
-        default=(), description="alternatives to the default scheme; if none: a list of those that all targets hold"
+    schemes: Annotated[tuple[SchemeName, ...], Field(min_length=1)] | None = Field(
+        default=None, description="alternatives to the default scheme; absent: a list of those that all targets hold"
     )
     fixed: tuple[Role, ...] = Field(default=(), description="roles whose matrices keep the recipe's own scheme")
     sensitivity: Sensitivity = Field(
@@ -411,6 +411,11 @@ def _load(path: Path, files: Files) -> Recipe:
         problems += _contradictions(recipe, located)
     raise_all(problems)
     return recipe
+
+
+def line_of(name_or_path: str | Path, key: Sequence[str | int]) -> Where:
+    """Where that recipe states a key, or the innermost one on the way that it states. UsageError as load_recipe."""
+    return locate(resolve(_find(name_or_path), LIBRARY, NOT_INHERITED, [], {}), key)[0].where
 
 
 def list_recipes() -> list[Recipe]:

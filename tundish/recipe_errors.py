@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, told in the user's words and at the user's lines."""
+"""What pydantic found wrong with a recipe, or does not serve its model, told in the user's words and at their lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from converters.errors import UsageError
 from tundish.recipe_yaml import Json, Located, Problem, Where
 
 Path = tuple[str | int, ...]
@@ -33,6 +34,29 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "value_error": "{error}",
 }
+
+
+class MisfitError(UsageError):
+    """A recipe that is right by itself, and one of whose values does not serve this model. `key` leads to it, such as
+    ("budget", "size"); who knows the recipe's file tells its line (`at`)."""
+
+    def __init__(
+        self,
+        what: str,
+        key: Path,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        mend: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where or _dotted(key), expected=expected, found=found, mend=mend)
+        self.key = key
+
+    def at(self, where: Where) -> MisfitError:
+        """The same, at that line."""
+        parts = {"expected": self.expected, "found": self.found, "mend": self.mend}
+        return MisfitError(self.what, self.key, where=str(where), **parts)
 
 
 def locate(located: Located, path: Sequence[str | int]) -> tuple[Located, Path]:

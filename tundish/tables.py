@@ -125,6 +125,14 @@ def collected_text(document: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{len(document['removed'])} entries removed, {document['bytes']:,} bytes"])
 
 
+def imatrix_text(document: dict[str, Any]) -> str:
+    """What `tundish imatrix` wrote."""
+    return (
+        f"{document['file']}: {document['entries']} entries from {document['chunks']} chunks of "
+        f"{document['chunk_size']} tokens, {document['bytes']:,} bytes"
+    )
+
+
 def tensor_text(document: list[dict[str, Any]]) -> str:
     """What `tundish inspect` found, a row a tensor."""
     rows = [["file", "tensor", "type", "shape", "bytes"]]

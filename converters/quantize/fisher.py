@@ -45,18 +45,20 @@ def estimate_costs(
 ) -> dict[str, NDArray[np.float64]]:
     """The mean KL, in nats, of storing each matrix in each of its schemes: f64[schemes] by weight name.
 
-    token_ids: i64[sequences, length]; importance: f32[in] by weight name, for the quantizer. `advance` is called with 1
-    for each use of a matrix. ModelError if the model computes no finite values.
+    token_ids: i64[sequences, length]; importance: f32[in] by weight name, for the quantizer. Matrices without schemes
+    are passed over. `advance` is called with 1 for each use of a matrix. ModelError if the model computes no finite
+    values.
     """
     costs = {name: np.zeros(len(each)) for name, each in schemes.items()}
 
     def see(node: Node, weight: Weight, x: np.ndarray, g: F32) -> None:
         stored = [
             QuantizedRows(replace(weight, scheme=scheme), importance.get(weight.name))
-            for scheme in schemes[weight.name]
+            for scheme in schemes.get(weight.name, ())
         ]
-        find = _lookup_costs if isinstance(node.op, Embedding) else _linear_costs
-        costs[weight.name] += find(stored, WeightRows(weight), x, g) / 2 / token_ids.size
+        if stored:
+            find = _lookup_costs if isinstance(node.op, Embedding) else _linear_costs
+            costs[weight.name] += find(stored, WeightRows(weight), x, g) / 2 / token_ids.size
         advance(1)
 
     see_gradients(graph, token_ids, seed, see)

@@ -25,8 +25,10 @@ _FLOOR = 0.01
 def importance_of(square: NDArray[np.floating]) -> F32:
     """Importance f32[in] of columns from the mean squares of what comes in: mean 1, and a small floor.
 
-    Columns of a layer that gets only zeros, since another was pruned, matter alike.
+    Columns of a layer that gets only zeros, since another was pruned, matter alike. The mean squares are taken as
+    float32 holds them, as importance matrices of llama.cpp do, so that both come to the same.
     """
+    square = square.astype(np.float32)
     mean = square.mean(dtype=np.float64)
     importance: F32 = (square / mean + _FLOOR if mean else np.ones_like(square)).astype(np.float32)
     return importance
@@ -35,6 +37,11 @@ def importance_of(square: NDArray[np.floating]) -> F32:
 def importance_at(node: Node, square: NDArray[np.floating], read: str) -> F32:
     """Importance f32[in] of the columns that come into a node. ModelError names it if their mean squares
     are not finite; `read` is what the model was shown."""
+    _require_finite(node, square, read)
+    return importance_of(square)
+
+
+def _require_finite(node: Node, square: NDArray[np.floating], read: str) -> None:
     if not np.isfinite(square).all():
         raise ModelError(
             f"the model computes no finite values on {read}",
@@ -42,7 +49,6 @@ def importance_at(node: Node, square: NDArray[np.floating], read: str) -> F32:
             found="NaN or Inf",
             mend="The checkpoint is damaged: download it again or use another.",
         )
-    return importance_of(square)
 
 
 def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F32]:
@@ -50,18 +56,23 @@ def random_token_importance(graph: Graph, tokens: int, seed: int) -> dict[str, F
 
     ModelError names the node if the model's values are not finite.
     """
+    squares = random_token_squares(graph, tokens, seed)
+    return {name: importance_of(square) for name, square in squares.items()}
+
+
+def random_token_squares(graph: Graph, tokens: int, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Mean squares f64[in] of each matrix's inputs, by weight name. ModelError as random_token_importance."""
     token_ids = np.random.default_rng(seed).integers(0, graph.config.vocab_size, (1, tokens))
-    importance: dict[str, F32] = {}
+    squares: dict[str, NDArray[np.float64]] = {}
 
     def observe(node: Node, inputs: Sequence[np.ndarray]) -> None:
         if not isinstance(node.op, Linear):
             return
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        square = np.mean(np.square(rows, dtype=np.float64), axis=0)
-        counts = importance_at(node, square, "random tokens")
-        for name in node.op.weights:
-            importance[name] = counts
+        square: NDArray[np.float64] = np.mean(np.square(rows, dtype=np.float64), axis=0)
+        _require_finite(node, square, "random tokens")
+        squares.update(dict.fromkeys(node.op.weights, square))
 
     head = graph.nodes[-1]
     observe(head, [interpret(graph, token_ids, stop_at=head.inputs[0], observe=observe)])
-    return importance
+    return squares

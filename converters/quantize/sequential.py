@@ -109,12 +109,13 @@ def quantize_sequentially(
     token_ids: NDArray[np.int64],
     fit: Fit | None = None,
     advance: Callable[[int], None] = lambda elements: None,
+    observe: Callable[[Node, NDArray[np.float64]], None] = lambda node, square: None,
 ) -> dict[str, F32]:
     """Fit every fittable matrix on token_ids i64[sequences, length]; none without `fit`.
 
     Returns the importance f32[in] of every Linear's columns, by weight name, for weights that are not fitted. `advance`
-    is called with the number of elements of each matrix that is done. ModelError names the node where the model's
-    values are not finite.
+    is called with the number of elements of each matrix that is done, `observe` with every Linear that is not fitted
+    and the mean squares f64[in] of its inputs. ModelError names the node where the model's values are not finite.
     """
     last_use = graph.last_uses()
     fitted = {weight.name for weight in fittable(graph)} if fit else set()
@@ -136,7 +137,9 @@ def quantize_sequentially(
                 used = {**stored, **_fitted(graph, node, moments, fit, fitted)}
                 del moments, square
             else:
-                counts = importance_at(node, _mean_squares(quantized.values[node.inputs[0]]), _READ)
+                squares = _mean_squares(quantized.values[node.inputs[0]])
+                counts = importance_at(node, squares, _READ)
+                observe(node, squares)
             importance |= dict.fromkeys(stored, counts)
             advance(sum(rows.shape[0] * rows.shape[1] for rows in stored.values()))
         if index == len(graph.nodes) - 1:
@@ -180,12 +183,12 @@ def _fitted(graph: Graph, node: Node, moments: Moments, fit: Fit, names: Collect
     return found
 
 
-def _mean_squares(value: np.ndarray) -> NDArray[np.floating]:
+def _mean_squares(value: np.ndarray) -> NDArray[np.float64]:
     """f64[features] of f32[sequences, length, features]."""
     squares = np.zeros(value.shape[-1])
     for sequence in value:
         squares += np.square(sequence, dtype=np.float64).sum(axis=0)
-    means: NDArray[np.floating] = squares / (value.shape[0] * value.shape[1])
+    means: NDArray[np.float64] = squares / (value.shape[0] * value.shape[1])
     return means
 
 

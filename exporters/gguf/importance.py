@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from converters.errors import UsageError
 from converters.graph import Graph
 from converters.ops import Linear
@@ -48,6 +51,14 @@ def imatrix_importance(matrix: ImportanceMatrix, graph: Graph, where: str) -> di
             )
         importance[weight] = importance_of(means)
     return importance
+
+
+def imatrix_means(squares: Mapping[str, NDArray[np.floating]], graph: Graph) -> dict[str, F32]:
+    """The entries f32[in] of a matrix, by GGUF tensor name, of mean squares [in] by weight name.
+
+    The head has one too, as with llama-imatrix's --process-output; a tied one is called token_embd.weight.
+    """
+    return {names[0]: squares[weight].astype(np.float32) for weight, names in imatrix_names(graph).items()}
 
 
 def imatrix_names(graph: Graph) -> Mapping[str, tuple[str, ...]]:

@@ -33,7 +33,7 @@ try:
     dataset = find_dataset(*[each or None for each in sys.argv[1:4]])
     texts = [fetch(dataset, name).read_text() for name in dataset.files[: int(sys.argv[4])]]
 except TundishError as error:
-    print(json.dumps(str(error)))
+    print(json.dumps(f"{error} Exit status {error.exit_status}."))
 else:
     print(json.dumps([dataset.repo_id, dataset.revision, dataset.files, texts]))
 """
@@ -99,7 +99,8 @@ def test_patterns_and_datasets_without_splits(hub: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_had(hub: Hub, tmp_path: Path, arguments: list[str], message: str) -> None:
-    assert message in find(tmp_path, hub.url, *arguments)
+    told = find(tmp_path, hub.url, *arguments)
+    assert message in told and "Exit status 2." in told, "a text of the recipe's, not a model"
 
 
 def test_gated_and_cut_off(hub: Hub, tmp_path: Path) -> None:
@@ -112,3 +113,10 @@ def test_gated_and_cut_off(hub: Hub, tmp_path: Path) -> None:
 def test_offline_and_not_cached(tmp_path: Path) -> None:
     message = find(tmp_path, "http://127.0.0.1:9", REPO_ID, HF_HUB_OFFLINE="1")
     assert "not in the Hub's cache" in message and "HF_HUB_OFFLINE is set" in message
+
+
+def test_out_of_reach_is_told_in_words(tmp_path: Path) -> None:
+    assert find(tmp_path, "http://127.0.0.1:9", REPO_ID) == (
+        f"the dataset is not in the Hub's cache ({REPO_ID}); found Connection refused. http://127.0.0.1:9 does not "
+        "answer: check the connection and HF_ENDPOINT, or give a text of your own. Exit status 2."
+    )

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from converters.errors import UsageError
+from converters.quantize.block import dequantize, quantize_rows
+from converters.quantize.scheme import SCHEMES
 from converters.quantize.sensitivity import stacks
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tests.converters.arrays import ArraySource
 from tests.tundish.tiny import QUIET, write_recipe
+from tundish.budget import _measured_costs, _Options
 from tundish.budget_size import parse_budget
 from tundish.job import Choices, build, plan_job, verify_again
 from tundish.model import open_model
 from tundish.plan import Plan, make_plan
 from tundish.recipe import load_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = {"source": "random-tokens", "tokens": 16}
 FOUR = ["gguf", "onnx", "openvino", "mlx"]
 
@@ -138,7 +145,7 @@ def test_bits_a_weight(checkpoint: Path, tmp_path: Path) -> None:
 def test_out_of_reach_names_both_bounds(checkpoint: Path, tmp_path: Path, budget: str, side: str) -> None:
     alternatives = ["int4_g32", "int8_g32"]
     low, high = (uniform(tmp_path, checkpoint, scheme) for scheme in alternatives)
-    with pytest.raises(UsageError, match=side) as caught:
+    with pytest.raises(UsageError, match=rf"{side} assignment \(.*budget\.yaml:1\)") as caught:
         planned(recipe(tmp_path, checkpoint, {"size": budget, "schemes": alternatives}))
     # Headers are the shorter, the fewer schemes they name: uniform ones are the bounds.
     assert f"expected {low:,} to {high:,} bytes" in str(caught.value)
@@ -147,6 +154,24 @@ def test_out_of_reach_names_both_bounds(checkpoint: Path, tmp_path: Path, budget
 def test_bits_out_of_reach(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected 4\.\d+ to 8\.5 bits a weight; found 9"):
         planned(recipe(tmp_path, checkpoint, "9bpw", ["onnx"]))
+
+
+def test_what_does_not_serve_the_model_is_told_at_its_line(checkpoint: Path, tmp_path: Path) -> None:
+    base = recipe(tmp_path, checkpoint, None)
+    mine = tmp_path / "mine.yaml"
+    cases = {
+        "budget: 9bpw": ("above the largest assignment", 2),
+        "budget:\n  size: 1bpw": ("below the smallest assignment", 3),
+        "budget:\n  size: 5bpw\n  schemes:\n    - int8_g32\n    - q5_0": ("cannot hold q5_0", 6),
+        "budget:\n  fixed: [norm, mlp_up]\n  size: 5bpw": ("no matrix is of role norm, which the budget fixes", 3),
+        "context: 128\ncalibration:\n  source: text\n  length: 129": ("length is more than the context", 5),
+        "method: gptq\ncalibration: {source: text}\nschemes: {default: fp16}": ("no matrix to work on", 2),
+        "calibration:\n  source: text\n  sequences: 1\n  length: 9": ("too few tokens to learn from", 5),
+    }
+    for text, (what, line) in cases.items():
+        mine.write_text(f"extends: ./{base.name}\n{text}\n")
+        with pytest.raises(UsageError, match=rf"{what}.* \(.*mine\.yaml:{line}\)"):
+            planned(mine)
 
 
 def test_a_scheme_that_a_target_refuses(checkpoint: Path, tmp_path: Path) -> None:
@@ -165,6 +190,10 @@ def test_a_scheme_that_a_target_refuses(checkpoint: Path, tmp_path: Path) -> Non
         ({"budget": {"size": "92MB", "scheme": ["int4_g32"]}}, r"unknown key 'scheme' in budget.*schemes"),
         ({"budget": {"schemes": ["int4_g32"]}}, "missing key 'size' in budget"),
         ({"budget": {"size": "92MB", "schemes": ["q4_k_m"]}}, "a scheme, no mix"),
+        ({"budget": {"size": "92MB", "schemes": ["int5"]}}, r"budget\.schemes\.0 \(.*wrong\.yaml:1\); expected one of"),
+        ({"budget": {"size": "92MB", "schemes": []}}, "at least 1 of them; found an empty list"),
+        ({"budget": {"size": "92MB", "fixed": ["mlp"]}}, r"budget\.fixed\.0.*mlp_up"),
+        ({"calibration": {"source": "text", "length": 1}}, r"calibration\.length .*expected 2 or more; found 1"),
         ({"budget": "92MB", "schemes": {"default": "fp16"}}, "needs a scheme to start from"),
         ({"budget": "92MB", "schemes": {"default": "q4_k_m"}, "targets": {"gguf": {}}}, "needs a scheme to start from"),
     ],
@@ -184,6 +213,29 @@ def test_the_build_records_the_assignment_and_can_be_verified_again(checkpoint: 
     assert "## Budget" in report and "| chosen |" in report
     again = verify_again(tmp_path / "out", None, None, QUIET)
     assert again["verification"]["gguf"]["passed"]
+
+
+def test_a_matrix_on_the_grid_is_not_free_in_fewer_bits(checkpoint: Path) -> None:
+    """Its own scheme costs nothing, which says nothing of others; those it has are ordered by their error, and are
+    about what they are estimated to cost."""
+    graph = open_model(Source("tiny", checkpoint), load_recipe(ROOT / "recipes" / "phi35-all-int4.yaml")).graph
+    graph = graph.map_weights(lambda weight: replace(weight, scheme=SCHEMES["int8_g32"]))
+    name = "blocks.0.mlp_down"
+    weight = graph.weights[name]
+    stored = dequantize(quantize_rows(weight, 0, weight.shape[0]))
+    exact = replace(weight, source=ArraySource(stored))
+    on_grid = replace(graph, weights={**graph.weights, name: exact})
+    options = [
+        _Options((each,), tuple((SCHEMES[scheme],) for scheme in ("int8_g32", "int4_g32", "int4_asym_g32")))
+        for each in (name, "blocks.1.mlp_down")
+    ]
+    ids = np.random.default_rng(0).integers(0, graph.config.vocab_size, (8, 16))
+    before, after = (
+        _measured_costs(each, options, {}, ids, lambda *what: None, lambda amount: None) for each in (graph, on_grid)
+    )
+    assert after[0][0] == 0 and (after[0][1:] > 0).all()
+    np.testing.assert_allclose(after[0][1:], before[0][1:], rtol=2)
+    np.testing.assert_allclose(after[1], before[1], rtol=0.1)
 
 
 @pytest.mark.slow

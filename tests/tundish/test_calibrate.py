@@ -25,18 +25,19 @@ from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import calibrate as calibrating
-from tundish.calibrate import Calibrated, calibrate, calibration_text
-from tundish.calibration_text import Documentation, calibration_sequences
+from tundish.calibrate import Calibrated, calibrate, calibration_text, origin_of, title_of
+from tundish.calibration_text import Documentation, Files, calibration_sequences
 from tundish.digest import digest_of
-from tundish.documentation import NAME, documentation
+from tundish.documentation import NAME
 from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.pour import Poured, pour
-from tundish.recipe import load_recipe
+from tundish.recipe import Calibration, CalibrationSource, load_recipe
 
 SCHEMES = {"default": "int4_asym_g32", "overrides": {"lm_head": "int8_g32"}}
 SIZE = {"sequences": 4, "length": 64}
-TEXT = {"source": "text", **SIZE}
+LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"  # read at once, which the built-in text is not
+TEXT = {"source": "text", "text": str(LICENSE), **SIZE}
 
 
 def calibrated(checkpoint: Path, folder: Path) -> Calibrated:
@@ -50,6 +51,12 @@ def calibrated(checkpoint: Path, folder: Path) -> Calibrated:
     found = calibrate(model, recipe, text, lambda find: find(folder), say, start, advance)
     assert told == [("fitting layers", sum(done))]
     return found
+
+
+def test_the_built_in_text_is_what_a_recipe_reads_that_names_none() -> None:
+    """tests/tundish/test_calibration_text.py reads it."""
+    origin = origin_of(Calibration(source=CalibrationSource.TEXT))
+    assert origin == Documentation() and title_of(origin) == NAME
 
 
 def test_rows_may_be_fitted_apart(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +89,7 @@ def test_moments_that_are_no_good_name_the_matrix(checkpoint: Path, tmp_path: Pa
 
 GPTQ: dict[str, object] = {
     "method": "gptq",
-    "calibration": {"source": "text", "sequences": 4, "length": 64, "seed": 3},
+    "calibration": TEXT | {"seed": 3},
 }
 
 
@@ -102,12 +109,12 @@ def test_gptq_gives_every_container_the_same_numbers(checkpoint: Path, tmp_path:
         for target in Target:
             np.testing.assert_array_equal(values, read[target][name], err_msg=f"{target} {name}")
         assert digest_of(values) == manifest["weights"][name]["digest"]
-    token_ids = calibration_sequences(model, Documentation(), 4, 64, seed=3)
+    token_ids = calibration_sequences(model, Files(LICENSE), 4, 64, seed=3)
     digest = hashlib.sha256(token_ids.astype("<i8").tobytes()).hexdigest()
     assert manifest["calibration"] == {
         "source": "text",
         "method": "gptq",
-        "text": NAME,
+        "text": "LICENSE",
         "token_ids_sha256": digest,
         "sequences": 4,
         "length": 64,
@@ -163,7 +170,7 @@ def test_a_dataset_is_read_at_its_commit(checkpoint: Path, tmp_path: Path, monke
         asked.append(what)
         return Dataset("acme/prose", "c0ffee" * 6, ("train.txt",))
 
-    (tmp_path / "train.txt").write_text("\n\n".join(documentation())[:40_000], encoding="utf-8")
+    (tmp_path / "train.txt").write_bytes(LICENSE.read_bytes())
     monkeypatch.setattr("converters.hub_dataset.find_dataset", find)
     monkeypatch.setattr("converters.hub_dataset.fetch", lambda dataset, name: tmp_path / name)
     calibration = {"source": "dataset", "dataset": "acme/prose", "revision": "v1", "files": "train*", **SIZE}

@@ -141,9 +141,9 @@ def test_its_own_text(model: Model, oracle) -> None:
     assert "<|im_start|>assistant\n" in shown and shown.count("<|im_start|>user\n") > 1
 
 
-def test_templates_that_do_not_serve(model: Model) -> None:
+def test_templates_that_do_not_serve(model: Model, tmp_path: Path) -> None:
     none = replace(model, tokenizer=replace(model.tokenizer, chat_template=None))
-    for origin in (Documentation(), OwnText()):
+    for origin in (write(tmp_path / "t.txt", prose(2000)), OwnText()):
         with pytest.raises(ModelError, match="no chat template"):
             calibration_sequences(none, origin, 1, 20, seed=0, chat=True)
     twice = replace(none, tokenizer=replace(none.tokenizer, chat_template="{{ messages[0].content * 2 }}"))
@@ -170,6 +170,26 @@ def test_datasets_are_fetched_as_far_as_needed(model: Model, tmp_path: Path, mon
     assert fetched[2:] == ["a.txt", "b.txt", "c.txt"]  # 32 characters a token
     with pytest.raises(UsageError, match=r"too short \(acme/prose at c0ffeec0ffee\)"):
         calibration_sequences(model, dataset, 500, 500, seed=0)
+
+
+def test_what_is_cut_off_is_said(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tundish.calibration_text.MOST", 5999)
+    text = write(tmp_path / "t.txt", prose(1000))  # 5,999 characters
+    said: list[str] = []
+    whole = calibration_sequences(model, text, 2, 32, seed=0, say=said.append)
+    assert said == []
+    write(tmp_path / "t.txt", prose(1000) + "!" * 999)
+    cut = calibration_sequences(model, text, 2, 32, seed=0, say=said.append)
+    assert said == [f"calibration: of {tmp_path / 't.txt'} the first 5,999 characters are read"]
+    np.testing.assert_array_equal(whole, cut)
+
+
+def test_too_few_tokens_are_no_fault_of_the_text(model: Model, tmp_path: Path) -> None:
+    text = write(tmp_path / "t.txt", prose(2000))
+    with pytest.raises(UsageError, match=r"too few tokens.*calibration\.length.*at least 16 tokens; found 3 × 5"):
+        calibration_sequences(model, text, 3, 5, seed=0)
+    with pytest.raises(UsageError, match=r"tokens besides those that begin each sequence; found 20 × 1"):
+        calibration_sequences(with_bos(model), text, 20, 1, seed=0)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -123,6 +123,20 @@ def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, po
     assert plan["time"]["total"] > 0
 
 
+def test_an_importance_matrix(tundish: Run, checkpoint: Path, tmp_path: Path) -> None:
+    calibration = {"source": "random-tokens", "tokens": 32}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, calibration=calibration)
+    document = json.loads(tundish("imatrix", recipe, "--out", tmp_path / "i.dat", "--json").out)
+    assert (document["format"], document["chunks"], document["chunk_size"]) == ("dat", 1, 32)
+    assert document["bytes"] == (tmp_path / "i.dat").stat().st_size
+    ended = tundish("imatrix", recipe, "--out", tmp_path / "i.dat", "--format", "gguf")
+    assert ended.status == 0 and ended.out.startswith(f"{tmp_path / 'i.dat'}: {document['entries']} entries from 1 ")
+    assert (tmp_path / "i.dat").read_bytes()[:4] == b"GGUF"
+    require_refusal(tundish("imatrix", recipe, "--out", recipe), 2, "another file")
+    recipe = write_recipe(tmp_path / "none.yaml", checkpoint, targets={"gguf": {}})
+    require_refusal(tundish("imatrix", recipe, "--out", tmp_path / "j.gguf"), 2, "measures nothing", "none.yaml:1")
+
+
 def test_plan_counts_what_the_build_will_do(tundish: Run, gguf_recipe: Path) -> None:
     plan = json.loads(tundish("plan", gguf_recipe, "--json").out)
     without = json.loads(tundish("plan", gguf_recipe, "--no-verify", "--threads", 4, "--json").out)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from converters.errors import UsageError
 from converters.source import Source
 from exporters.base import Model
 from exporters.registry import EXPORTERS
@@ -142,3 +143,56 @@ def test_a_plan_that_does_not_fit_is_made_but_not_timed(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
     _, plan = plan_job(choices)
     assert plan.time is None and "found 1" in str(plan.shortage)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read the text.*t\.txt"),
+        (b"", r"too short \(.*t\.txt\); expected 4 sequences of 64 tokens; found 0 tokens"),
+        (b"too little", "too short"),
+        (b"good " * 9 + b"\xff", "not UTF-8.*byte 45"),
+        (b"a" * 50_000, "says nothing"),
+    ],
+)
+def test_a_text_that_the_build_would_refuse(
+    checkpoint: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    """Though nothing is kept that it could be compared with."""
+    text = tmp_path / "t.txt"
+    if content is not None:
+        text.write_bytes(content)
+    calibration = {"source": "text", "text": str(text), "sequences": 4, "length": 64}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match=message):
+            plan_job(Choices(str(recipe), verify=False, fresh=fresh))
+
+
+def test_an_importance_matrix_that_the_build_would_refuse(checkpoint: Path, tmp_path: Path) -> None:
+    calibration = {"source": "imatrix", "file": str(tmp_path / "i.gguf")}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
+    with pytest.raises(UsageError, match=r"cannot read the importance matrix.*i\.gguf"):
+        plan_job(Choices(str(recipe), verify=False))
+
+
+def test_a_dataset_is_looked_for_and_not_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.hub_dataset.fetch", lambda *what: pytest.fail("it may take minutes"))
+    asked: list[object] = []
+    monkeypatch.setattr("converters.hub_dataset.find_dataset", lambda *what: asked.append(what))
+    calibration = {"source": "dataset", "dataset": "acme/prose", "sequences": 4, "length": 64}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
+    plan_job(Choices(str(recipe), verify=False))
+    assert asked == [("acme/prose", None, None)]
+
+
+def test_little_of_a_long_calibration_is_looked_at(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tundish.calibrate.CHECKED", 256)
+    text = Path(__file__).resolve().parents[2] / "LICENSE"
+    calibration = {"source": "text", "text": str(text), "sequences": 1 << 16, "length": 64}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
+    plan_job(Choices(str(recipe), verify=False))
