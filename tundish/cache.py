@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ if sys.platform != "win32":
 
 INDEX = "index.json"
 _KEY = re.compile(r"[0-9a-f]{64}")
-_LEFT = re.compile(r"\.([0-9a-f]{64})\..+\.partial")
+_UNFINISHED = ".unfinished"
+_LEFT = re.compile(r"\.([0-9a-f]{64}(?:\.unfinished)?)\.[^.]+(?:\.[^.]+)?\.partial")
 _SAMPLE = re.compile(r"sample-(smollm2-135m-r\d+)")  # of this version or another: tundish.sample.CACHE_NAME
 _DAY = 24 * 60 * 60
 
@@ -85,9 +87,23 @@ def canonical(document: Json) -> str:
 
 
 def write_index(folder: Path, content: Json) -> None:
-    """Say what an entry holds. The digest beside it tells when the index itself is damaged."""
+    """Say what an entry holds. The digest beside it tells when the index itself is damaged.
+
+    One that was there is replaced at once, when this one is on the disk.
+    """
     index = {"sha256": canonical(content), "content": content}
-    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    new = folder / f"{INDEX}.new"
+    with new.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(index, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / INDEX)
+    if sys.platform != "win32":  # where no folder can be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_index(folder: Path) -> Json | None:
@@ -138,15 +154,29 @@ def put(made: Path, folder: Path, fresh: bool) -> bool:
     return True
 
 
+def unfinished(folder: Path) -> Path:
+    """Where the calibration of an entry is made, and goes on if it was killed."""
+    return folder.with_name(folder.name + _UNFINISHED)
+
+
 def calibration_folders() -> list[Path]:
     """Of the calibrations that are kept, in the order of their names."""
     return _keyed(calibrations())
+
+
+def _unfinished_folders() -> list[Path]:
+    return sorted(
+        path
+        for path in _in(calibrations())
+        if path.name.endswith(_UNFINISHED) and _KEY.fullmatch(path.name.removesuffix(_UNFINISHED)) and path.is_dir()
+    )
 
 
 def entries() -> list[Entry]:
     """All of the cache, the last used first."""
     kinds = {"calibration": calibrations(), "costs": costs()}
     found = [entry for kind, root in kinds.items() for folder in _keyed(root) if (entry := _entry(kind, folder))]
+    found += [entry for folder in _unfinished_folders() if (entry := _entry("unfinished", folder))]
     for folder in _in(cache_folder()):
         match = _SAMPLE.fullmatch(folder.name)
         if match and (folder / "config.json").is_file():
@@ -169,7 +199,10 @@ def collect(older_than: float, now: float, say: Callable[[str], None]) -> tuple[
 
 
 def reclaim_entries(say: Callable[[str], None]) -> None:
-    """Remove what is left of entries whose builds were killed."""
+    """Remove what is left of entries whose builds were killed, unless another build can go on with it."""
+    for folder in _unfinished_folders():
+        if not (folder / INDEX).exists():
+            remove(folder)
     for root in (calibrations(), costs()):
         for key in sorted({match[1] for path in _in(root) if (match := _LEFT.fullmatch(path.name))}):
             reclaim(root / key, say)
@@ -182,6 +215,25 @@ def remove(folder: Path) -> bool:
             with staging(folder, cache_errors) as stage, cache_errors(folder):
                 folder.rename(stage / folder.name)
     return mine
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Callable[[], None] | None]:
+    """Have a folder alone; yields what lets others use it as well from then on, but not remove it. None if another
+    uses it, it is not there, or the system has no such locks."""
+    if sys.platform == "win32":
+        yield None
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield None
+        return
+    try:
+        shared = partial(fcntl.flock, descriptor, fcntl.LOCK_SH)
+        yield shared if _locked(descriptor, folder, alone=True) else None
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -28,8 +28,10 @@ from converters.quantize.refinement import Refine
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.sequential import Moments, fittable, quantize_sequentially
 from converters.quantize.signround import SIGNROUND_STEPS, refine_signround
+from converters.quantize.stream import Store
 from converters.quantize.tensor import F32, QuantTensor, Tensor
 from exporters.base import Model
+from tundish.calibration_progress import Workplace
 from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
 from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
 from tundish.recipe_errors import MisfitError
@@ -41,6 +43,7 @@ _REFINE: Mapping[Method, Refine] = {
 }
 _STEPS = {Method.GPTQ_ADAROUND: ADAROUND_STEPS, Method.GPTQ_SIGNROUND: SIGNROUND_STEPS}
 CHECKED = 1 << 18  # tokens of text that are looked at before a plan is made
+SENSITIVITY_TOKENS = 8, 64  # sequences, tokens of each: each is one draw for the gradients of a budget's estimate
 
 Record = Mapping[str, str | int]
 
@@ -87,8 +90,8 @@ class Findings:
     codes: CodeStore | None
 
 
-Find = Callable[[Path], Findings]
-"""Has the model read; codes stay in the folder given."""
+Find = Callable[[Workplace], Findings]
+"""Has the model read; codes stay in the place given, where an earlier process may have begun."""
 Keep = Callable[[Find], Findings]
 """The findings, which may have been kept from an earlier time. Their codes stay until they are poured."""
 
@@ -237,24 +240,28 @@ def _read_text(
     say: Callable[[str], None],
     start: Callable[[str, int], None],
     advance: Callable[[int], None],
-    folder: Path,
+    place: Workplace,
 ) -> Findings:
-    graph, read, token_ids = model.graph, reading(model, recipe), text.token_ids
+    graph, read = model.graph, reading(model, recipe)
+    token_ids = place.token_ids if text.token_ids is None else text.token_ids
     if token_ids is None:
         say(f"calibrating: the model writes {read.tokens} tokens, one after the other; no plan counts their time")
         start("writing text", read.tokens)
         token_ids = calibration_ids(model, recipe.calibration, text.origin, read.sequences, read.length, advance)
+        place.keep_text(token_ids)
     say(f"calibrating: the model reads {read.sequences} sequences of {read.length} tokens of {title_of(text.origin)}")
-    scales: dict[str, F32] = {}
-    if read.scaled:
+    store, scales = Store(place.folder), place.scales
+    if read.scaled and scales is None:
         start("scaling columns", linear_elements(graph))
-        scales = find_scales(graph, token_ids, advance)
-        graph = fold_scales(graph, scales)
+        scales = find_scales(graph, token_ids, advance, store)
+        place.keep_scales(scales)
+    graph = fold_scales(graph, scales) if scales else graph
     start("fitting layers" if read.fitted else "calibrating", linear_elements(graph))
-    store = CodeStore(folder) if read.fitted else None
-    fit = None if store is None else partial(_fit, store, _REFINE.get(recipe.settled_method))
-    importance = quantize_sequentially(graph, token_ids, fit, advance=advance)
-    return Findings(digest(token_ids), importance, scales, store)
+    codes = CodeStore(place.folder, dict(place.bits)) if read.fitted else None
+    fit = None if codes is None else partial(_fit, codes, _REFINE.get(recipe.settled_method))
+    begin, reached = place.progress(store), partial(place.keep_progress, codes)
+    importance = quantize_sequentially(graph, token_ids, fit, advance, store=store, begin=begin, reached=reached)
+    return Findings(digest(token_ids), importance, scales or {}, codes)
 
 
 def title_of(origin: Origin) -> str:

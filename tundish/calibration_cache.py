@@ -2,11 +2,13 @@
 
 An entry is a folder named by what it was made from: the SHA-256 of its key. In it are the fitted matrices
 (converters.quantize.codes), importances and scales as .npz, and an index with the SHA-256 of each file. It gets its
-name when it is whole; a build pours straight from it.
+name when it is whole; a build pours straight from it. Until then it is a folder beside that, in which a build goes on
+that is the next after one that was killed (tundish.calibration_progress).
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +21,6 @@ from converters.errors import ModelError
 from converters.file_digest import sha256_of
 from converters.graph import Graph
 from converters.quantize.codes import CodeStore
-from converters.quantize.tensor import F32
 from exporters.base import Model
 from tundish.cache import (
     INDEX,
@@ -30,20 +31,22 @@ from tundish.cache import (
     calibrations,
     canonical,
     found,
-    in_use,
+    held,
     put,
     read_index,
     reclaim_entries,
+    remove,
+    unfinished,
     write_index,
 )
 from tundish.calibrate import CalibrationText, Find, Findings, Keep, title_of
+from tundish.calibration_progress import IMPORTANCE, SCALES, Workplace, load_arrays, save_arrays
 from tundish.calibration_text import digest
 from tundish.disk import cache_errors, disk_errors
 from tundish.publish import staging
 from tundish.recipe import Recipe
 
 CALIBRATION_VERSION = 2  # to be raised whenever the same key comes to other findings
-_IMPORTANCE, _SCALES = "importance.npz", "scales.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ def _kept(key: Key, threads: int, stack: ExitStack, say: Callable[[str], None]) 
     if index is None:
         return None
     codes = CodeStore(folder, index["bits"]) if index["bits"] is not None else None
-    return Findings(index["token_ids_sha256"], _load(folder / _IMPORTANCE), _load(folder / _SCALES), codes)
+    return Findings(index["token_ids_sha256"], load_arrays(folder / IMPORTANCE), load_arrays(folder / SCALES), codes)
 
 
 def _damaged(folder: Path, files: Mapping[str, Json], threads: int) -> list[str]:
@@ -159,24 +162,74 @@ def _made(
         say(f"warning: {cache_folder()} cannot be written to, so that the calibration is not kept; see TUNDISH_CACHE")
         scratch = stack.enter_context(staging(out))
         with disk_errors(out):
-            return find(scratch)
+            return find(Workplace(scratch))
     reclaim_entries(say)
     folder = key.folder
-    made = stack.enter_context(staging(folder, cache_errors)) / "entry"
     with cache_errors(folder.parent):
-        made.mkdir()
-        findings = find(made)
-        _write(made, key, findings, threads)
-        stack.enter_context(in_use(made))
-        if not put(made, folder, fresh):
-            return findings  # ours are removed at the end
+        place, share = _workplace(key, fresh, threads, stack, say)
+        findings = _found(place, find)
+        _write(place, key, findings, threads)
+        share()
+        if not put(place.folder, folder, fresh):
+            stack.callback(shutil.rmtree, place.folder, ignore_errors=True)
+            return findings  # another build was faster, or uses what is there; ours are removed at the end
     return findings if findings.codes is None else replace(findings, codes=CodeStore(folder, findings.codes.bits))
 
 
-def _write(folder: Path, key: Key, findings: Findings, threads: int) -> None:
-    _save(folder / _IMPORTANCE, findings.importance)
-    _save(folder / _SCALES, findings.scales)
-    paths = list(folder.iterdir())
+def _workplace(
+    key: Key, fresh: bool, threads: int, stack: ExitStack, say: Callable[[str], None]
+) -> tuple[Workplace, Callable[[], None]]:
+    """Where to make an entry, which nobody else uses as long as `stack` is open; and what lets others use it as well.
+
+    It is where an earlier build was killed, if there is one. Where another build is at it now, it is a new one, of
+    which nothing is kept before it is finished.
+    """
+    begun = unfinished(key.folder)
+    if fresh:
+        remove(begun)
+    begun.mkdir(parents=True, exist_ok=True)
+    share = stack.enter_context(held(begun))
+    if share is None:
+        made = stack.enter_context(staging(key.folder, cache_errors)) / "entry"
+        made.mkdir()
+        held_open = stack.enter_context(held(made))
+        return Workplace(made), held_open or (lambda: None)
+    place = Workplace(begun, {"key": key.parts, "model": key.model, "text": key.text}, say)
+    index = read_index(begun)
+    known = index["files"] if index is not None and index["key"] == key.parts and "reached" in index else {}
+    for path in begun.iterdir():
+        if path.name not in {*known, INDEX}:
+            path.unlink()
+    if index is None or not known:
+        return place, share
+    damaged = _damaged(begun, known, threads)
+    if damaged:
+        say(f"damaged: {', '.join(damaged[:5])} in {begun}; the calibration begins anew")
+        for path in begun.iterdir():
+            path.unlink()
+    else:
+        say(f"calibration: goes on where an earlier build ended ({begun.name[:12]} of `tundish cache ls`)")
+        place.take_over(index)
+    return place, share
+
+
+def _found(place: Workplace, find: Find) -> Findings:
+    """What a calibration finds in its place, which is left to the next build if something of it was kept."""
+    try:
+        return find(place)
+    except BaseException:
+        if not place.was_kept:
+            shutil.rmtree(place.folder, ignore_errors=True)
+        raise
+
+
+def _write(place: Workplace, key: Key, findings: Findings, threads: int) -> None:
+    """Make an entry of what is in its place. The index of what was unfinished holds until there is another."""
+    folder, passing = place.folder, place.passing()
+    save_arrays(folder / IMPORTANCE, findings.importance)
+    if not (folder / SCALES).exists():
+        save_arrays(folder / SCALES, findings.scales)
+    paths = sorted({*folder.iterdir()} - {*passing, folder / INDEX})
     sha256 = sha256_of(paths, threads)
     content: Json = {
         "key": key.parts,
@@ -184,15 +237,8 @@ def _write(folder: Path, key: Key, findings: Findings, threads: int) -> None:
         "text": key.text,
         "token_ids_sha256": findings.token_ids_sha256,
         "bits": findings.codes and findings.codes.bits,
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256[path]} for path in sorted(paths)},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256[path]} for path in paths},
     }
     write_index(folder, content)
-
-
-def _save(path: Path, arrays: Mapping[str, F32]) -> None:
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # as numpy has it, any name may be allow_pickle
-
-
-def _load(path: Path) -> dict[str, F32]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    for path in passing:
+        path.unlink(missing_ok=True)

@@ -16,15 +16,20 @@ import psutil
 
 from converters.direct_io import CHUNK
 from converters.errors import ResourceError, UsageError
-from converters.graph import LOGITS, TOKEN_IDS, Graph, Weight, infer_shapes
-from converters.ops import MAX_SCORES, MAX_WEIGHTS, Linear
+from converters.graph import Graph, Weight
 from converters.passes.assign import requested_scheme
-from converters.quantize.refinement import REFINED_ARRAYS, REFINED_ELEMENTS
 from converters.quantize.scheme import NumberType
 from converters.quantize.sequential import fittable
 from exporters.base import Exporter, Layout, Model, Semantics, Target
 from tundish.big_file import KEPT
-from tundish.calibrate import FIT_ELEMENTS, Reading, is_calibrated, reading, warm_up_fit
+from tundish.calibrate import Reading, is_calibrated, reading, warm_up_fit
+from tundish.calibration_memory import (
+    TOKENIZER_ENTRY,
+    budget_bytes,
+    calibration_bytes,
+    interpreter_bytes,
+    scratch_bytes,
+)
 from tundish.disk import disk_errors
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
@@ -40,11 +45,8 @@ if TYPE_CHECKING:  # it brings a solver, which few recipes need
 _INTEGER_BLOCK = 9
 _GGML_BLOCK = 12
 _FLOAT_BLOCK = 16
-_LIVE_ACTIVATIONS = 4
-_FIT_MATRICES, _FIT_HESSIANS = 5, 6  # float32 arrays of a matrix's shape and of its Hessian's while it is fitted
 _ARRAY_HEADER = 128  # bytes of a .npy file's
 _LIVE_LOGITS = 5  # float64 arrays while ROWS positions are compared
-_TOKENIZER_ENTRY = 1280  # bytes of the tokenizers library for an entry of the vocabulary
 _SLACK = 16 << 20  # what the allocator keeps of the memory that arrays had
 _MANIFEST_BYTES = 1 << 20  # manifest.json and report.md, generously
 
@@ -75,6 +77,7 @@ class Plan:
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
     assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
     cached: bool = False  # the calibration
+    scratch: int = 0  # of the disk: what the calibration has in the cache until it is done
 
     @property
     def memory(self) -> int:
@@ -89,7 +92,12 @@ class Plan:
     def with_cached_calibration(self) -> Plan:
         """The same, with the calibration done."""
         phases = {name: nbytes for name, nbytes in self.phases.items() if name != "calibration"}
-        return replace(self, disk=self.disk - self.kept, kept=0, phases=phases, cached=True)
+        return replace(self, disk=self.written, kept=0, scratch=0, phases=phases, cached=True)
+
+    @property
+    def written(self) -> int:
+        """Bytes of the disk that the artifacts take."""
+        return sum(layout.nbytes for layout in self.layouts.values()) + _MANIFEST_BYTES
 
 
 def make_plan(
@@ -110,8 +118,8 @@ def make_plan(
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
-    kept = _kept_bytes(graph, read)
-    disk = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + kept
+    kept, scratch = _kept_bytes(graph, read), scratch_bytes(graph, read)
+    disk = max(sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES, scratch) + kept
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
@@ -121,10 +129,12 @@ def make_plan(
     held = own_memory() + _SLACK
     phases = {"pour": held + _pour_bytes(graph, layouts, threads, calibrated)}
     if read.tokens:
-        phases["calibration"] = held + _calibration_bytes(graph, read)
+        phases["calibration"] = held + calibration_bytes(graph, read)
+    if recipe.budget is not None:
+        phases["budget"] = held + budget_bytes(graph, recipe)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
-    return Plan(layouts, rows, semantics, disk, kept, phases, compiling=compiling)
+    return Plan(layouts, rows, semantics, disk, kept, phases, compiling=compiling, scratch=scratch)
 
 
 def own_memory() -> int:
@@ -166,65 +176,16 @@ def _kept_bytes(graph: Graph, read: Reading) -> int:
     return kept
 
 
-def _calibration_bytes(graph: Graph, read: Reading) -> int:
-    """What the model holds while it reads: everything of a sequence, or the values of all of them that still matter
-    and what a matrix is fitted with."""
-    alone = _interpreter_bytes(graph, 1, read.length)
-    if not read.together:
-        return alone
-    tokenizer = graph.config.vocab_size * _TOKENIZER_ENTRY
-    activations = 4 * read.tokens * _widest_moment(graph)
-    if read.scaled:  # a Linear's matrices, and again as one; their Hessian
-        linear = [
-            [graph.weights[name].shape for name in node.op.weights]
-            for node in graph.nodes
-            if isinstance(node.op, Linear)
-        ]
-        stacked = [(sum(rows for rows, _ in shapes), shapes[0][1]) for shapes in linear[:-1]]
-        alone = max(alone, max(4 * (2 * rows * width + 3 * width**2) for rows, width in stacked))
-    if not read.fitted:
-        return tokenizer + activations + alone
-    fits = [
-        4 * (_FIT_MATRICES * min(rows * width, max(FIT_ELEMENTS, width)) + _FIT_HESSIANS * width**2) + rows * width
-        for rows, width in (weight.shape for weight in fittable(graph))
-    ]
-    refined = 4 * REFINED_ARRAYS * REFINED_ELEMENTS if read.steps else 0
-    return tokenizer + 2 * activations + max(alone, max(fits) + refined)
-
-
-def _widest_moment(graph: Graph) -> int:
-    """Most features of a token that are held at once, while a node is computed from those that still matter."""
-    shapes = infer_shapes(graph, 1, 1)
-    last_use = graph.last_uses()
-    live: set[str] = set()
-    widest = 0
-    for index, node in enumerate(graph.nodes[:-1]):
-        live.add(node.name)
-        widest = max(widest, sum(shapes[name][-1] for name in live))
-        live -= {name for name in node.inputs if last_use[name] == index}
-    return widest
-
-
 def _verify_phases(model: Model, recipe: Recipe) -> dict[str, int]:
     """What verification holds: the interpreter and the logits of one sequence, then these beside an artifact's."""
     graph, vocabulary = model.graph, model.graph.config.vocab_size
     sequences, length = evaluation_shape(recipe, model.context_length)
     long = long_length(model) or 0
-    computed = max(_interpreter_bytes(graph, sequences, length), _interpreter_bytes(graph, 1, long))
+    computed = max(interpreter_bytes(graph, sequences, length), interpreter_bytes(graph, 1, long))
     logits = max(length, LONG_TAIL if long else 0) * vocabulary * 4
-    tokenizer = vocabulary * _TOKENIZER_ENTRY
+    tokenizer = vocabulary * TOKENIZER_ENTRY
     compared = min(ROWS, length) * vocabulary * 8 * _LIVE_LOGITS
     return {"reference": tokenizer + computed + logits, "comparison": tokenizer + 2 * logits + compared}
-
-
-def _interpreter_bytes(graph: Graph, sequences: int, length: int) -> int:
-    """What the interpreter holds at most: rows of a weight in float32 beside a copy as stored, a node's input and
-    output, the residual, a few temporaries of an activation, and attention scores with one of theirs."""
-    weights = min(MAX_WEIGHTS, max(math.prod(weight.shape) for weight in graph.weights.values()))
-    features = max(shape[-1] for name, shape in infer_shapes(graph, 1, 1).items() if name not in (TOKEN_IDS, LOGITS))
-    shared = graph.config.num_heads // graph.config.num_kv_heads
-    scores = min(MAX_SCORES, shared * length * length)
-    return weights * 6 + sequences * length * features * 4 * _LIVE_ACTIVATIONS + scores * 8
 
 
 def _row(graph: Graph, weight: Weight, recipe: Recipe, layouts: Mapping[Target, Layout]) -> Row:
@@ -268,9 +229,11 @@ def shortage_of(plan: Plan, out: Path, cache: Path | None = None) -> ResourceErr
     parent = disk_of(out)
     if not os.access(parent, os.W_OK):
         return ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
-    apart = plan.kept if cache is not None and cache.stat().st_dev != parent.stat().st_dev else 0
+    apart = plan.kept + plan.scratch if cache is not None and cache.stat().st_dev != parent.stat().st_dev else 0
     mend = "Free space, choose another --out, or fewer targets with --target."
-    needs = [(parent, plan.disk - apart, mend)]
+    if plan.scratch > plan.written:
+        mend = "Free space, or lower calibration.sequences or calibration.length: what they come to is kept."
+    needs = [(parent, plan.written if apart else plan.disk, mend)]
     if cache is not None and apart:
         mend = "Free space in the cache, see `tundish cache gc`, or set TUNDISH_CACHE to a folder on another disk."
         needs.append((cache, apart, mend))
@@ -283,6 +246,6 @@ def shortage_of(plan: Plan, out: Path, cache: Path | None = None) -> ResourceErr
     if available < plan.memory:
         mend = "Use fewer --threads, or verify on a larger machine: --no-verify needs less."
         if plan.memory == plan.phases.get("calibration"):
-            mend = "Lower calibration.sequences or calibration.length: the values of all their tokens are in memory."
+            mend = "Lower calibration.sequences or calibration.length, or choose a method that fits no matrices."
         return ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)
     return None

@@ -15,7 +15,14 @@ from converters.quantize.scheme import scheme_named
 from converters.quantize.sequential import fittable
 from exporters.base import Model
 from exporters.registry import EXPORTERS
-from tundish.calibrate import calibration_ids, known_importance, known_importance_key, origin_of, title_of
+from tundish.calibrate import (
+    SENSITIVITY_TOKENS,
+    calibration_ids,
+    known_importance,
+    known_importance_key,
+    origin_of,
+    title_of,
+)
 from tundish.calibration_text import digest
 from tundish.cost_cache import CostMemory
 from tundish.plan import require_modules
@@ -23,8 +30,6 @@ from tundish.recipe import CalibrationSource, Recipe, Sensitivity
 
 if TYPE_CHECKING:  # it brings a solver, which few recipes need
     from tundish.budget import Assignment
-
-_SENSITIVITY_TOKENS = 8, 64  # sequences, tokens of each: each sequence is one draw for the estimate's gradients
 
 
 def settle_schemes(
@@ -66,7 +71,7 @@ def settle_schemes(
 def _sensitivity_text(model: Model, recipe: Recipe) -> tuple[NDArray[np.int64], str]:
     """What the model reads while it is found what its matrices cost, and what that is called: some of its calibration
     text, or random tokens."""
-    sequences, length = _SENSITIVITY_TOKENS
+    sequences, length = SENSITIVITY_TOKENS
     if recipe.calibration.source in (CalibrationSource.TEXT, CalibrationSource.DATASET):
         origin = origin_of(recipe.calibration)
         return calibration_ids(model, recipe.calibration, origin, sequences, length), title_of(origin)

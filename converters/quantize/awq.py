@@ -25,6 +25,7 @@ from converters.quantize.importance import importance_of
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import Scheme
 from converters.quantize.sequential import float_hessians
+from converters.quantize.stream import Store
 from converters.quantize.tensor import F32
 
 _STEPS = 20  # of alpha, ibid.
@@ -32,16 +33,19 @@ AWQ_ROWS = 512
 
 
 def find_scales(
-    graph: Graph, token_ids: NDArray[np.int64], advance: Callable[[int], None] = lambda n: None
+    graph: Graph,
+    token_ids: NDArray[np.int64],
+    advance: Callable[[int], None] = lambda n: None,
+    store: Store | None = None,
 ) -> dict[str, F32]:
     """Factors f32[in] for the columns of all matrices that have few bits and can be folded, by the name of their
     Linear: what passes.fold.fold_scales takes.
 
-    token_ids: i64[sequences, length], what the float model reads. `advance` is called with the number of elements of
-    matrices that are done. ModelError as float_hessians.
+    token_ids: i64[sequences, length], what the float model reads; `store` has its values. `advance` is called with the
+    number of elements of matrices that are done. ModelError and OSError as float_hessians.
     """
     scales: dict[str, F32] = {}
-    for node, hessian in float_hessians(graph, token_ids):
+    for node, hessian in float_hessians(graph, token_ids, store):
         weights = [graph.weights[name] for name in node.op.weights]
         producer = producer_of(graph, node)
         fewest = min(weights, key=lambda weight: weight.scheme.bits)

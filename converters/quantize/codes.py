@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from converters.quantize.tensor import QuantTensor
+
+_PARTS = ("codes", "scale", "zero")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,7 @@ class CodeStore:
 
     def put(self, name: str, tensor: QuantTensor) -> None:
         """Keep a whole matrix."""
-        parts: Mapping[str, np.ndarray | None] = {"codes": tensor.codes, "scale": tensor.scale, "zero": tensor.zero}
-        for part, array in parts.items():
+        for part, array in zip(_PARTS, (tensor.codes, tensor.scale, tensor.zero), strict=True):
             if array is not None:
                 np.save(self._path(name, part), array)
         self.bits[name] = tensor.bits
@@ -38,6 +38,10 @@ class CodeStore:
 
         zero = read("zero") if self._path(name, "zero").exists() else None
         return QuantTensor(read("codes"), read("scale"), zero, self.bits[name])
+
+    def files(self, name: str) -> list[Path]:
+        """Those of a matrix that was put."""
+        return [path for part in _PARTS if (path := self._path(name, part)).exists()]
 
     def _path(self, name: str, part: str) -> Path:
         return self.folder / f"{name}.{part}.npy"

@@ -12,20 +12,22 @@ stacks add up, as far as their errors are small and independent (ZeroQ, Cai et a
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError
+from converters.errors import ModelError, ResourceError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
 from converters.ops import OPS, Rows
 from converters.quantize.block import dequantize, quantize_rows
 from converters.quantize.kernels import widen
 from converters.quantize.scheme import Scheme
+from converters.quantize.stream import Store, Stream, join
 from converters.quantize.tensor import F32
 
 _TOGETHER = 1 << 12  # tokens of all streams that walk through a block at once
@@ -60,14 +62,34 @@ def measure_sensitivity(
     token_ids: NDArray[np.int64],
     importance: Mapping[str, F32],
     advance: Callable[[int], None] = lambda segments: None,
+    store: Store | None = None,
 ) -> dict[tuple[str, ...], float]:
     """The mean KL, in nats, that each of `stacks` costs when it alone is quantized to its weights' schemes.
 
     token_ids: i64[sequences, length]; importance: f32[in] by weight name, for the quantizer. `advance` is called with 1
-    for each of `segment_count`. ModelError if the model computes no finite logits.
+    for each of `segment_count`. Values lie in `store`, one of its own if there is none. ModelError if the model
+    computes no finite logits, ResourceError if the store's disk is full.
     """
-    float_stream = _Stream({TOKEN_IDS: token_ids})
-    streams: dict[tuple[str, ...], _Stream] = {}
+    store = store or Store()
+    try:
+        return _measured(graph, token_ids, importance, advance, store)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot keep what the model computes: {error.strerror or error}",
+            where=str(store.folder or tempfile.gettempdir()),
+            mend="Free space there, or set TMPDIR to a folder on another disk.",
+        ) from error
+
+
+def _measured(
+    graph: Graph,
+    token_ids: NDArray[np.int64],
+    importance: Mapping[str, F32],
+    advance: Callable[[int], None],
+    store: Store,
+) -> dict[tuple[str, ...], float]:
+    float_branch = _Branch(Stream(store, {TOKEN_IDS: store.put(token_ids)}), {})
+    branches: dict[tuple[str, ...], _Branch] = {}
     starts = {names[0]: names for names in stacks(graph)}
     group = max(1, _TOGETHER // token_ids.size)
     head = len(graph.nodes) - 1
@@ -75,20 +97,18 @@ def measure_sensitivity(
         if segment[0] == head:
             break
         begun = [starts.pop(name) for i in segment for name in graph.nodes[i].op.weights if name in starts]
+        waiting = list(branches.values())
         for names in begun:
-            changed = {name: QuantizedRows(graph.weights[name], importance.get(name)) for name in names}
-            streams[names] = _Stream(dict(float_stream.values), changed)
-        waiting = [stream for names, stream in streams.items() if names not in begun]
+            branches[names] = _branched(graph, float_branch, names, importance)
         for i in range(0, len(waiting), group):
             _advance_together(graph, segment, waiting[i : i + group])
         for names in begun:
-            _advance(graph, segment, streams[names])
-        _advance(graph, segment, float_stream)
+            _advance(graph, segment, branches[names])
+        _advance(graph, segment, float_branch)
         advance(1)
     for names in starts.values():  # the head, where it is not the embedding
-        changed = {name: QuantizedRows(graph.weights[name], importance.get(name)) for name in names}
-        streams[names] = _Stream(dict(float_stream.values), changed)
-    found = _divergences(graph, float_stream, streams)
+        branches[names] = _branched(graph, float_branch, names, importance)
+    found = _divergences(graph, float_branch, branches)
     advance(1)
     return found
 
@@ -112,12 +132,18 @@ def scheme_error(weight: Weight, scheme: Scheme, importance: F32 | None) -> floa
     return total / count
 
 
-@dataclass(slots=True)
-class _Stream:
-    """A model's values that are still needed, [sequences, length, features] by name, and the weights it has changed."""
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A model's values that are still needed, and the weights it has changed."""
 
-    values: dict[str, np.ndarray]
-    changed: Mapping[str, Rows] = field(default_factory=dict)
+    stream: Stream
+    changed: Mapping[str, Rows]
+
+
+def _branched(graph: Graph, floats: _Branch, names: Sequence[str], importance: Mapping[str, F32]) -> _Branch:
+    """A model that is the float one so far, and from here on has these weights changed."""
+    changed = {name: QuantizedRows(graph.weights[name], importance.get(name)) for name in names}
+    return _Branch(floats.stream.copy(), changed)
 
 
 def _segments(graph: Graph) -> list[list[int]]:
@@ -128,42 +154,41 @@ def _segments(graph: Graph) -> list[list[int]]:
     ]
 
 
-def _advance(graph: Graph, segment: Sequence[int], stream: _Stream) -> None:
+def _advance(graph: Graph, segment: Sequence[int], branch: _Branch) -> None:
     last_use = graph.last_uses()
     for i in segment:
         node = graph.nodes[i]
-        stream.values[node.name] = _value(graph, node, stream.values, stream.changed)
-        for name in set(node.inputs):
-            if last_use[name] == i:
-                del stream.values[name]
+        branch.stream.run(node, _weights(graph, node, branch.changed))
+        branch.stream.forget({name for name in node.inputs if last_use[name] == i})
 
 
-def _advance_together(graph: Graph, segment: Sequence[int], streams: Sequence[_Stream]) -> None:
-    """Streams whose changes lie behind them: one walk over all their sequences. A tied embedding's lies ahead too, but
+def _advance_together(graph: Graph, segment: Sequence[int], branches: Sequence[_Branch]) -> None:
+    """Branches whose changes lie behind them: one walk over all their sequences. A tied embedding's lies ahead too, but
     in the head's segment."""
-    joined = _Stream({name: np.concatenate([each.values[name] for each in streams]) for name in streams[0].values})
+    joined = _Branch(join([branch.stream for branch in branches]), {})
     _advance(graph, segment, joined)
-    for k, stream in enumerate(streams):
-        stream.values = {name: np.split(value, len(streams))[k] for name, value in joined.values.items()}
+    joined.stream.part([branch.stream for branch in branches])
 
 
-def _value(graph: Graph, node: Node, values: Mapping[str, np.ndarray], changed: Mapping[str, Rows]) -> F32:
-    weights = [changed.get(name) or WeightRows(graph.weights[name]) for name in node.op.weights]
-    return OPS[type(node.op)].reference(node.op, [values[name] for name in node.inputs], weights)
+def _weights(graph: Graph, node: Node, changed: Mapping[str, Rows]) -> list[Rows]:
+    return [changed.get(name) or WeightRows(graph.weights[name]) for name in node.op.weights]
 
 
 def _divergences(
-    graph: Graph, float_stream: _Stream, streams: Mapping[tuple[str, ...], _Stream]
+    graph: Graph, floats: _Branch, branches: Mapping[tuple[str, ...], _Branch]
 ) -> dict[tuple[str, ...], float]:
     head = graph.nodes[-1]
-    reference = _value(graph, head, float_stream.values, {})
+
+    def logits(branch: _Branch) -> F32:
+        inputs = [branch.stream.values[name] for name in head.inputs]
+        weights = _weights(graph, head, branch.changed)
+        return OPS[type(head.op)].reference(head.op, [each.read(0, len(each)) for each in inputs], weights)
+
+    reference = logits(floats)
     require_finite(reference)
     p = np.exp(reference - reference.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    return {
-        names: mean_kl(p, _value(graph, head, stream.values, stream.changed) - reference)
-        for names, stream in streams.items()
-    }
+    return {names: mean_kl(p, logits(branch) - reference) for names, branch in branches.items()}
 
 
 def require_finite(logits: F32) -> None:

@@ -6,13 +6,14 @@ the inputs of everything that follows (Frantar et al. 2022, arXiv 2210.17323, se
 model: a layer is fitted to what it computed there, on inputs that are what they are here
 (Li et al. 2025, arXiv 2504.02692), and one whose output is added to the residual stream makes up for what that lacks.
 
-Memory holds the activations of one stretch of nodes for all tokens, the codes of one node's matrices and their Hessian;
-never the model.
+Memory holds the codes of one node's matrices and their Hessian; never the model, and what it computes on all tokens as
+far as there is room (stream.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from converters.graph import TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
-from converters.ops import OPS, Add, Embedding, Linear, Rows
+from converters.ops import Add, Embedding, Linear, Rows
 from converters.quantize.importance import importance_at
+from converters.quantize.stream import MULTIPLIED, Store, Stream, Value, steps
 from converters.quantize.tensor import F32, QuantTensor
 
 
@@ -56,31 +58,15 @@ class _CodeRows:
         return part.dequantize()
 
 
-@dataclass(slots=True)
-class _Stream:
-    """The values of a model that are still needed, f32[sequences, length, features] by name."""
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far quantize_sequentially is: the index of the next node, the values that it and later ones need, and what
+    was found up to it. `floats` are those of the float model, if there is one beside."""
 
-    values: dict[str, np.ndarray]
-
-    def run(self, node: Node, weights: Sequence[Rows]) -> None:
-        """Compute a node's value; one sequence at a time where a whole batch would need as much memory again."""
-        inputs = [self.values[name] for name in node.inputs]
-        reference = OPS[type(node.op)].reference
-        if isinstance(node.op, Linear | Embedding):
-            self.values[node.name] = reference(node.op, inputs, weights)
-            return
-        parts = (reference(node.op, [value[k : k + 1] for value in inputs], weights) for k in range(len(inputs[0])))
-        first = next(parts)
-        out = np.empty((len(inputs[0]), *first.shape[1:]), np.float32)
-        out[:1] = first
-        for k, part in enumerate(parts, 1):
-            out[k : k + 1] = part
-        self.values[node.name] = out
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Values that no later node needs."""
-        for name in names:
-            del self.values[name]
+    index: int
+    quantized: Mapping[str, Value]
+    floats: Mapping[str, Value]
+    importance: Mapping[str, F32]
 
 
 def fittable(graph: Graph) -> list[Weight]:
@@ -89,11 +75,14 @@ def fittable(graph: Graph) -> list[Weight]:
     return [weight for weight in used if weight.scheme.is_integer]
 
 
-def float_hessians(graph: Graph, token_ids: NDArray[np.int64]) -> Iterator[tuple[Node, F32]]:
+def float_hessians(
+    graph: Graph, token_ids: NDArray[np.int64], store: Store | None = None
+) -> Iterator[tuple[Node, F32]]:
     """Every Linear and the second moments f32[in, in] of its inputs in the float model, means over token_ids
-    i64[sequences, length]. ModelError names the node where they are not finite."""
+    i64[sequences, length]. ModelError names the node where they are not finite; OSError if the store's disk is full."""
     last_use = graph.last_uses()
-    stream = _Stream({TOKEN_IDS: token_ids})
+    store = store or Store()
+    stream = Stream(store, {TOKEN_IDS: store.put(token_ids)})
     for index, node in enumerate(graph.nodes):
         if isinstance(node.op, Linear):
             hessian = _moments(node, stream, None, None).hessian
@@ -110,21 +99,33 @@ def quantize_sequentially(
     fit: Fit | None = None,
     advance: Callable[[int], None] = lambda elements: None,
     observe: Callable[[Node, NDArray[np.float64]], None] = lambda node, square: None,
+    store: Store | None = None,
+    begin: Progress | None = None,
+    reached: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, F32]:
     """Fit every fittable matrix on token_ids i64[sequences, length]; none without `fit`.
 
     Returns the importance f32[in] of every Linear's columns, by weight name, for weights that are not fitted. `advance`
     is called with the number of elements of each matrix that is done, `observe` with every Linear that is not fitted
-    and the mean squares f64[in] of its inputs. ModelError names the node where the model's values are not finite.
+    and the mean squares f64[in] of its inputs. Values lie in `store`, one of its own if there is none. `reached` is
+    shown the progress after each block, which must be done with it when it returns; `begin` is such a progress, its
+    values in the store, from which to go on: whoever kept it has what was fitted by then.
+
+    ModelError names the node where the model's values are not finite; OSError if the store's disk is full.
     """
     last_use = graph.last_uses()
     fitted = {weight.name for weight in fittable(graph)} if fit else set()
-    quantized = _Stream({TOKEN_IDS: token_ids})
-    floats = _Stream({TOKEN_IDS: token_ids}) if fitted else None
+    store = store or Store()
+    if begin is None:
+        first = {TOKEN_IDS: store.put(token_ids)}
+        begin = Progress(0, first, {TOKEN_IDS: store.put(token_ids)} if fitted else {}, {})
+    quantized = Stream(store, begin.quantized)
+    floats = Stream(store, begin.floats) if fitted else None
     embedded = {name for node in graph.nodes if isinstance(node.op, Embedding) for name in node.op.weights}
     addends = _addends(graph)
-    importance: dict[str, F32] = {}
-    for index, node in enumerate(graph.nodes):
+    importance = dict(begin.importance)
+    advance(sum(_elements(graph, node) for node in graph.nodes[: begin.index] if isinstance(node.op, Linear)))
+    for index, node in enumerate(graph.nodes[begin.index :], begin.index):
         stored: dict[str, Rows] = {name: WeightRows(graph.weights[name]) for name in node.op.weights}
         used = stored
         if isinstance(node.op, Linear):
@@ -141,14 +142,20 @@ def quantize_sequentially(
                 counts = importance_at(node, squares, _READ)
                 observe(node, squares)
             importance |= dict.fromkeys(stored, counts)
-            advance(sum(rows.shape[0] * rows.shape[1] for rows in stored.values()))
+            advance(_elements(graph, node))
         if index == len(graph.nodes) - 1:
             break
         for stream, weights in ((quantized, used), (floats, stored)):
             if stream:
                 stream.run(node, list(weights.values()))
                 stream.forget({name for name in node.inputs if last_use[name] == index})
+        if node.layer != graph.nodes[index + 1].layer:
+            reached(Progress(index + 1, quantized.values, floats.values if floats else {}, importance))
     return importance
+
+
+def _elements(graph: Graph, node: Node) -> int:
+    return sum(math.prod(graph.weights[name].shape) for name in node.op.weights)
 
 
 def _addends(graph: Graph) -> dict[str, str]:
@@ -157,16 +164,44 @@ def _addends(graph: Graph) -> dict[str, str]:
     return {name: other for left, right in sums for name, other in ((left, right), (right, left))}
 
 
-def _moments(node: Node, quantized: _Stream, floats: _Stream | None, addend: str | None) -> Moments:
+def _moments(node: Node, quantized: Stream, floats: Stream | None, addend: str | None) -> Moments:
     """Of a Linear's inputs; of what its output is added to, if that is known already."""
-    x = _rows(quantized.values[node.inputs[0]])
-    hessian = _mean_product(x, x)
-    if floats is None:
-        return Moments(hessian)
-    cross = _mean_product(_rows(floats.values[node.inputs[0]]), x)
-    if addend not in quantized.values:
-        return Moments(hessian, cross)
-    return Moments(hessian, cross, _mean_product(_rows(floats.values[addend] - quantized.values[addend]), x))
+    x = quantized.values[node.inputs[0]]
+    hessian, cross, deficit = _Mean(), _Mean(), _Mean()
+    for start, stop in steps(x.shape, MULTIPLIED):
+        inputs = _rows(x.read(start, stop))
+        hessian.add(inputs, inputs)
+        if floats is not None:
+            cross.add(_rows(floats.values[node.inputs[0]].read(start, stop)), inputs)
+            if addend in quantized.values:
+                lacking = floats.values[addend].read(start, stop) - quantized.values[addend].read(start, stop)
+                deficit.add(_rows(lacking), inputs)
+    found = hessian.value()
+    assert found is not None
+    return Moments(found, cross.value(), deficit.value())
+
+
+class _Mean:
+    """The mean over rows of the products of two arrays f32[rows, a] and f32[rows, b]: f32[a, b]."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.sum: F32 | None = None
+
+    def add(self, a: F32, b: F32) -> None:
+        """More of their rows."""
+        product: F32 = a.T @ b
+        if self.sum is None:
+            self.sum = product
+        else:
+            self.sum += product
+        self.rows += len(a)
+
+    def value(self) -> F32 | None:
+        """None if there were no rows. To be asked once."""
+        if self.sum is not None:
+            self.sum /= np.float32(self.rows)
+        return self.sum
 
 
 def _fitted(graph: Graph, node: Node, moments: Moments, fit: Fit, names: Collection[str]) -> dict[str, Rows]:
@@ -183,20 +218,14 @@ def _fitted(graph: Graph, node: Node, moments: Moments, fit: Fit, names: Collect
     return found
 
 
-def _mean_squares(value: np.ndarray) -> NDArray[np.float64]:
+def _mean_squares(value: Value) -> NDArray[np.float64]:
     """f64[features] of f32[sequences, length, features]."""
     squares = np.zeros(value.shape[-1])
-    for sequence in value:
-        squares += np.square(sequence, dtype=np.float64).sum(axis=0)
+    for k in range(len(value)):
+        squares += np.square(value.read(k, k + 1)[0], dtype=np.float64).sum(axis=0)
     means: NDArray[np.float64] = squares / (value.shape[0] * value.shape[1])
     return means
 
 
 def _rows(value: np.ndarray) -> F32:
     return value.reshape(-1, value.shape[-1])
-
-
-def _mean_product(a: F32, b: F32) -> F32:
-    product: F32 = a.T @ b
-    product /= np.float32(len(a))
-    return product

@@ -26,6 +26,7 @@ from exporters.registry import EXPORTERS
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import calibrate as calibrating
 from tundish.calibrate import Calibrated, calibrate, calibration_text, origin_of, title_of
+from tundish.calibration_progress import Workplace
 from tundish.calibration_text import Documentation, Files, calibration_sequences
 from tundish.digest import digest_of
 from tundish.documentation import NAME
@@ -48,7 +49,7 @@ def calibrated(checkpoint: Path, folder: Path) -> Calibrated:
     done: list[int] = []
     text = calibration_text(model, recipe)
     say, start, advance = lambda said: None, lambda *what: told.append(what), done.append
-    found = calibrate(model, recipe, text, lambda find: find(folder), say, start, advance)
+    found = calibrate(model, recipe, text, lambda find: find(Workplace(folder)), say, start, advance)
     assert told == [("fitting layers", sum(done))]
     return found
 

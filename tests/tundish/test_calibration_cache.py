@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -163,39 +160,6 @@ def test_damage_is_named_and_made_good(
     assert contents(tmp_path / "out/gguf") == contents(tmp_path / "second/gguf")
     built(tmp_path, checkpoint, "third")
     assert len(fits) == 2, "mended"
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.tundish.tiny import QUIET
-from tundish import calibrate
-from tundish.job import Choices, build
-fit, left = calibrate._fit, [3]
-def fit_or_die(*arguments):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return fit(*arguments)
-calibrate._fit = fit_or_die
-build(Choices(sys.argv[1], out=Path(sys.argv[2]), verify=False), QUIET)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-@pytest.mark.parametrize("by", ["next build", "gc"])
-def test_a_killed_build_leaves_no_entry(checkpoint: Path, tmp_path: Path, fits: list[str], by: str) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, **KEYS)
-    command = [sys.executable, "-c", KILLED, str(recipe), str(tmp_path / "out")]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    left = list(calibrations().iterdir())
-    assert calibration_folders() == [] and len(left) == 1 and list(left[0].rglob("*.codes.npy"))
-    if by == "gc":
-        cache.collect(30, 0, lambda text: None)
-        assert list(calibrations().iterdir()) == []
-    else:
-        built(tmp_path, checkpoint, "other", calibration=TEXT | {"seed": 5})
-        assert list(calibrations().iterdir()) == calibration_folders() and len(fits) == 1
 
 
 def test_two_at_once_both_succeed(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from converters.errors import UsageError
+from converters.quantize.stream import ROOM
 from converters.source import Source
 from exporters.base import Model
 from exporters.registry import EXPORTERS
@@ -49,14 +50,17 @@ def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: 
         model, recipe = opened(checkpoint, tmp_path, calibration=calibration, method=method, verify={"enabled": False})
         return make_plan(model, recipe, EXPORTERS)
 
-    def grown(method: str) -> int:
-        many, few = planned(method, 2001), planned(method, 1)
-        assert many.disk == few.disk
-        return many.phases["calibration"] - few.phases["calibration"]
-
-    # A token's gate and up, their product and the residual; the fitted model beside that of floats.
-    one = 2000 * 64 * 4 * (2 * 96 + 96 + 64)
-    assert grown("rtn") == pytest.approx(one, rel=0.1) and grown("gptq") == pytest.approx(2 * one, rel=0.1)
+    # A token's gate and up, their product and the residual; the fitted model beside that of floats. And what is kept.
+    one, kept = 4 * (2 * 96 + 96 + 64), 2 * 4 * 64
+    assert 2001 * 64 * one < ROOM < 2 * 2001 * 64 * one
+    for method, streams in (("rtn", 1), ("gptq", 2)):
+        few, some, many, more = (planned(method, count) for count in (1, 2001, 16001, 64001))
+        assert few.scratch == streams * 64 * kept
+        assert some.scratch == 2001 * 64 * streams * (kept if streams == 1 else one + kept)
+        assert many.scratch == 16001 * 64 * streams * (one + kept)
+        assert many.disk == max(many.written, many.scratch) + many.kept
+        assert few.phases["calibration"] + ROOM < many.phases["calibration"] < few.phases["calibration"] + 4 * ROOM
+        assert more.phases["calibration"] - many.phases["calibration"] < 64 << 20, "the rest is on the disk"
     planned("gptq+signround", 1)  # loads kernels
     refining = planned("gptq+signround", 2001).phases["calibration"] - planned("gptq", 2001).phases["calibration"]
     assert refining == pytest.approx(48 << 20, rel=0.1), "twelve arrays of four megabytes"
@@ -73,11 +77,11 @@ def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: 
     )
 
 
-def test_a_calibration_too_large_for_memory_says_what_to_lower(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_calibration_too_large_for_the_disk_says_what_to_lower(checkpoint: Path, tmp_path: Path) -> None:
     calibration = {"source": "text", "sequences": 1 << 30, "length": 64}
     model, recipe = opened(checkpoint, tmp_path, calibration=calibration, method="gptq")
     told = str(shortage_of(make_plan(model, recipe, EXPORTERS), tmp_path / "out"))
-    assert "not enough memory" in told and "Lower calibration.sequences" in told
+    assert "not enough disk" in told and "lower calibration.sequences" in told
 
 
 def test_codes_need_the_disk_of_the_cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +103,10 @@ def test_codes_need_the_disk_of_the_cache(checkpoint: Path, tmp_path: Path, monk
         return os.stat_result((*state[:2], state.st_dev + 1, *state[3:10])) if path == cache else state
 
     monkeypatch.setattr(Path, "stat", elsewhere)
-    assert told(plan.disk - plan.kept, plan.kept) == "None"
-    assert str(cache) in (short := told(plan.disk, plan.kept - 1)) and "TUNDISH_CACHE" in short
-    assert "--out" in told(plan.disk - plan.kept - 1, plan.kept)
+    apart = plan.kept + plan.scratch
+    assert told(plan.written, apart) == "None"
+    assert str(cache) in (short := told(plan.disk, apart - 1)) and "TUNDISH_CACHE" in short
+    assert "--out" in told(plan.written - 1, apart)
 
 
 def test_each_thread_needs_its_blocks(checkpoint: Path, tmp_path: Path) -> None:
