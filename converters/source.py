@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.checkpoint import open_checkpoint
 from converters.config_keys import shown
 from converters.errors import ModelError, TundishError, UsageError
-from converters.file_digest import sha256_of
+from converters.file_digest import digesting, sha256_of
 
 CONFIG = "config.json"
 
@@ -73,6 +73,30 @@ def source_digest(folder: Path, threads: int = 1) -> dict[str, str]:
     files = source_files(folder)
     digests = sha256_of(files.values(), threads)
     return {name: digests[path] for name, path in files.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceDigests:
+    """SHA-256 of each of source_files, by name, and the stamp that they had before they were read."""
+
+    stamp: Stamp
+    sha256: Mapping[str, str]
+
+
+@contextmanager
+def digesting_source(
+    folder: Path, stamp: Stamp, known: SourceDigests | None = None
+) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Take the digests of source_files while the body runs, unless they are known of files with this very stamp.
+
+    What is yielded waits for them, and gives them by path, in hex.
+    """
+    files = source_files(folder)
+    if known is not None and known.stamp == stamp:
+        yield lambda: {path: known.sha256[name] for name, path in files.items()}
+        return
+    with digesting(files.values()) as digests:
+        yield digests.result
 
 
 def source_stamp(folder: Path) -> Stamp:

@@ -25,8 +25,9 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # What a command that only reads recipes must not wait for.
 SLOW_TO_IMPORT = {
-    "gguf", "huggingface_hub", "matplotlib", "mlx", "numba", "onnx", "onnxruntime", "onnxruntime_genai", "openvino",
-    "openvino_genai", "openvino_tokenizers", "pyarrow", "tokenizers", "torch", "transformers", "xllamacpp",
+    "dask", "distributed", "gguf", "huggingface_hub", "matplotlib", "mlx", "numba", "onnx", "onnxruntime",
+    "onnxruntime_genai", "openvino", "openvino_genai", "openvino_tokenizers", "pyarrow", "tokenizers", "torch",
+    "transformers", "xllamacpp",
 }  # fmt: skip
 SDKS = SLOW_TO_IMPORT - {"gguf", "huggingface_hub", "matplotlib", "numba", "pyarrow", "tokenizers"}
 
@@ -145,7 +146,8 @@ def test_every_import_is_declared_and_every_core_dependency_is_used() -> None:
         names = {normal(name) for name in distributions.get(found.root, [found.root])}
         used |= names
         own = container(found.file)
-        extras = [own] if own else [] if found.top else ["reference", "plot", "datasets"]
+        optional = ["reference", "plot", "datasets", "dask", "metrics"]
+        extras = [own] if own else [] if found.top and not found.typing else optional
         declared = CORE.union(*map(extra_names, extras))
         if not names & declared:
             undeclared.append(str(found))

@@ -23,6 +23,7 @@ from tundish.disk import disk_errors
 from tundish.signals import ENDING, unwind_at_signals
 
 if TYPE_CHECKING:
+    from tundish.events import Events
     from tundish.job import Watcher
 
 
@@ -73,15 +74,24 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Thr
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
 ]
+EventsOption = Annotated[
+    str | None,
+    typer.Option("--events", metavar="FILE", help="Write progress there, a JSON object a line; - is stderr."),
+]
+MetricsOption = Annotated[
+    Path | None,
+    typer.Option("--metrics", metavar="FILE", envvar="TUNDISH_METRICS", help="A Prometheus textfile to write, .prom."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-_published = False  # whether this command has, for what is said if it is interrupted
+_UNPUBLISHED = "nothing was published"
+_published = _UNPUBLISHED  # what is said if the command is interrupted
 
 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
     global _published
-    _published = False
+    _published = _UNPUBLISHED
     os.environ.setdefault("USE_TORCH", "0")  # transformers would import it where it is installed, which takes seconds
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in all that is installed
     unwind_at_signals()
@@ -95,8 +105,7 @@ def main() -> None:
         sys.exit(error.exit_status)
     except SystemExit as ending:
         if ending.code in [128 + number for number in ENDING]:
-            what = "the build had been published by then" if _published else "nothing was published"
-            print(f"tundish: interrupted; {what}.", file=sys.stderr)
+            print(f"tundish: interrupted; {_published}.", file=sys.stderr)
         raise
 
 
@@ -118,16 +127,63 @@ def build(
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,
+    events: EventsOption = None,
+    metrics: MetricsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model by a recipe, verify the artifacts in their runtimes, and publish them."""
     from tundish import job
+    from tundish.observe import build_titles, observing
 
     choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh)
-    with figures_of_failed_gates(as_json):
-        with watcher() as watching:
-            manifest = job.build(choices, watching)
+    titles = build_titles(recipe, model)
+    with figures_of_failed_gates(as_json), observing("build", titles, events, metrics) as observed:
+        with watcher(observed.events) as watching:
+            manifest = observed.manifest = job.build(choices, watching)
         show(manifest, as_json, tables.summary_text)
+
+
+@app.command()
+def matrix(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with models and recipes: see docs/jobs.md.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Builds go to <out>/<model>/<recipe>. Default: the file's, or dist/<file>."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="ADDRESS", help="Of Dask, tcp://host:8786. Default: this machine."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of each build. Default: its share of the cores.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="For all at once, such as 16GB. Default: most of what is free."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Build and calibrate anew what is there already.")] = False,
+    events: EventsOption = None,
+    metrics: MetricsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build every recipe of a file for every model of it, as many at once as memory and cores allow."""
+    global _published
+    from tundish import matrix as matrices
+    from tundish.matrix_cluster import parse_memory
+    from tundish.matrix_file import load_matrix
+    from tundish.observe import observing
+
+    _published = "what was built by then is published; the same command goes on from there"
+    with observing("matrix", (file.stem, ""), events, metrics) as observed:
+        asked = load_matrix(file)
+        nbytes = None if memory is None else parse_memory(memory)
+        into = (out or asked.out or Path("dist") / file.stem).absolute()
+        options = matrices.Options(into, scheduler, nbytes, threads, fresh)
+        with people(observed.events) as told:
+            outcomes = matrices.run_matrix(asked, options, observed.events, told.say)
+        observed.runs = [outcome.as_run() for outcome in outcomes]
+        show(matrices.document_of(outcomes, into), as_json, tables.matrix_text)
+        matrices.require_built(outcomes)
 
 
 @app.command()
@@ -144,7 +200,7 @@ def plan(
     """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
-    with watcher() as watching:
+    with people() as watching:
         settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads, fresh), watching)
     document = {
         "recipe": settled.name,
@@ -186,14 +242,18 @@ def verify(
         str | None, typer.Option("--model", help="The checkpoint it was made from. Default: the manifest's.")
     ] = None,
     threads: ThreadsOption = None,
+    events: EventsOption = None,
+    metrics: MetricsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open the artifacts of an earlier build in their runtimes again and measure again."""
     from tundish import job
+    from tundish.observe import artifact_titles, observing
 
-    with figures_of_failed_gates(as_json):
-        with watcher() as watching:
-            manifest = job.verify_again(folder, model, threads, watching)
+    titles = artifact_titles(folder)
+    with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
+        with watcher(observed.events) as watching:
+            manifest = observed.manifest = job.verify_again(folder, model, threads, watching)
         show(manifest, as_json, tables.summary_text)
 
 
@@ -226,7 +286,7 @@ def compare(
     """Measure artifacts of one checkpoint side by side: size, KL, perplexity, top-1 and speed, in their runtimes."""
     from tundish import comparison
 
-    with watcher() as watching:
+    with people() as watching:
         asked = comparison.Comparison(artifacts, model, text, sequences, length, out, threads)
         document = comparison.compare(asked, watching.say)
     show(document, as_json, tables.comparison_text)
@@ -249,7 +309,7 @@ def imatrix(
     """Write what a recipe's calibration measures as an importance matrix of llama.cpp: llama-quantize takes it."""
     from tundish import importance_matrix, job
 
-    with watcher() as watching:
+    with people() as watching:
         document = importance_matrix.make_imatrix(job.Choices(recipe, model), out, form, watching)
     show(document, as_json, tables.imatrix_text)
 
@@ -384,17 +444,29 @@ def figures_of_failed_gates(as_json: bool) -> Iterator[None]:
 
 
 @contextmanager
-def watcher() -> Iterator[Watcher]:
-    """Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+def watcher(events: Events) -> Iterator[Watcher]:
+    """Progress as events, and for people."""
+    from tundish.events import watching
+
+    with people(events) as told:
+        yield watching(events, told)
+
+
+@contextmanager
+def people(events: Events | None = None) -> Iterator[Watcher]:
+    """Progress on stderr: a bar on a terminal, plain lines elsewhere; nothing if events go there."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from tundish.job import Watcher
 
-    def published() -> None:
+    def published(out: Path) -> None:
         global _published
-        _published = True
+        _published = "the build had been published by then"
 
+    if events is not None and events.alone:
+        yield Watcher(lambda text: None, lambda text, total: None, lambda amount: None, published)
+        return
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
 

@@ -13,11 +13,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from pydantic import ValidationError
 
 from converters.errors import GateError, UsageError
-from converters.file_digest import digesting, sha256_of
+from converters.file_digest import sha256_of
 from converters.source import (
     Source,
+    SourceDigests,
     Stamp,
     blaming_changes,
+    digesting_source,
     require_unchanged,
     resolve_source,
     source_digest,
@@ -53,13 +55,13 @@ T = TypeVar("T")
 class Watcher:
     """How a job reports what it does: `say` a sentence, `start` a count of a total, `advance` it.
 
-    `published` is called once the build has its final name; no signal comes between.
+    `published` is called with the build's folder once that has its final name; no signal comes between.
     """
 
     say: Callable[[str], None]
     start: Callable[[str, int], None]
     advance: Callable[[int], None]
-    published: Callable[[], None] = lambda: None
+    published: Callable[[Path], None] = lambda out: None
 
 
 SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: None)
@@ -68,7 +70,7 @@ SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: Non
 @dataclass(frozen=True, slots=True)
 class Choices:
     """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: calibrate even if
-    that was done before."""
+    that was done before; `revision`: of the model; `known`: its digests, if they were taken already."""
 
     recipe: str
     model: str | None = None
@@ -77,6 +79,8 @@ class Choices:
     verify: bool = True
     threads: int | None = None
     fresh: bool = False
+    revision: str | None = None
+    known: SourceDigests | None = None
 
 
 def telling_lines(work: Callable[Concatenate[Choices, P], T]) -> Callable[Concatenate[Choices, P], T]:
@@ -110,7 +114,7 @@ def settle_recipe(choices: Choices) -> Recipe:
 def settle_source(choices: Choices, recipe: Recipe) -> Source:
     """The checkpoint of --model, or the recipe's own."""
     if choices.model is not None:
-        return find_source(choices.model, None)
+        return find_source(choices.model, choices.revision)
     return find_source(recipe.model.source, recipe.model.revision)
 
 
@@ -169,10 +173,14 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
     files = source_files(source.folder)
-    with blaming_changes(source.folder, stamp), in_use(source.folder), digesting(files.values()) as inputs:
+    with (
+        blaming_changes(source.folder, stamp),
+        in_use(source.folder),
+        digesting_source(source.folder, stamp, choices.known) as inputs,
+    ):
 
         def checkpoint() -> dict[str, str]:
-            sha256 = inputs.result()
+            sha256 = inputs()
             return {name: sha256[path] for name, path in files.items()}
 
         memory = CostMemory(checkpoint, choices.fresh, watcher.say)
@@ -191,7 +199,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
                 watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
                 poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
                 require_unchanged(source.folder, stamp)
-                manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
+                manifest = build_manifest(source, inputs(), model, recipe, plan, poured, calibrated.record)
                 require_unchanged(source.folder, stamp)
                 with disk_errors(out):
                     write_manifest(folder, manifest)
@@ -203,7 +211,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
                 require_gates(manifest, results, folder, out)
                 with deferred_signals():  # nobody shall be told of an interruption that nothing was published
                     publish(folder, out, recipe.targets)
-                    watcher.published()
+                    watcher.published(out)
                     watcher.say(f"written: {out}")
     return manifest
 

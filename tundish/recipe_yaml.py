@@ -90,15 +90,18 @@ Files = dict[Path, File]
 """The files that a call has read so far: recipes share their bases, and each is parsed once."""
 
 
-def raise_all(problems: list[Problem]) -> None:
-    """Raise one UsageError that tells every problem, in the order of files and lines; nothing if there is none."""
+def raise_all(problems: list[Problem], kind: str = "recipe") -> None:
+    """Raise one UsageError that tells every problem, in the order of files and lines; nothing if there is none.
+
+    `kind`: what the file is called.
+    """
     if not problems:
         return
     if len(problems) == 1:
         raise problems[0].error()
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.where.file, problem.where.line))
     told = [f"({number}) {problem.error()}" for number, problem in enumerate(ordered, 1)]
-    raise UsageError(f"{len(ordered)} problems in the recipe: " + " ".join(told))
+    raise UsageError(f"{len(ordered)} problems in the {kind}: " + " ".join(told))
 
 
 def display(path: Path) -> str:
@@ -108,14 +111,17 @@ def display(path: Path) -> str:
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
 
 
-def read_yaml(path: Path, problems: list[Problem]) -> Located:
-    """The mapping in a YAML file. Duplicate keys and odd values go to `problems`; UsageError if it cannot be parsed."""
+def read_yaml(path: Path, problems: list[Problem], kind: str = "recipe") -> Located:
+    """The mapping in a YAML file. Duplicate keys and odd values go to `problems`; UsageError if it cannot be parsed.
+
+    `kind`: what the file is called.
+    """
     file = display(path)
-    text = _read_text(path, file)
+    text = _read_text(path, file, kind)
     try:
         root = _parser().compose(text)
     except MaxDepthExceededError as error:
-        raise _too_deep(Where(file, error.problem_mark.line + 1)) from error
+        raise _too_deep(Where(file, error.problem_mark.line + 1), kind) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -130,8 +136,8 @@ def read_yaml(path: Path, problems: list[Problem]) -> Located:
     if root is None:
         return Located({}, start)
     if not isinstance(root, MappingNode):
-        raise Problem("not a recipe", start, expected="lines of `key: value`", found=_kind(root)).error()
-    return _Reader(file, problems).read(root, start, 0)
+        raise Problem(f"not a {kind}", start, expected="lines of `key: value`", found=_kind(root)).error()
+    return _Reader(file, problems, kind).read(root, start, 0)
 
 
 def merge(base: Located, over: Located, problems: list[Problem]) -> Located:
@@ -214,14 +220,14 @@ def _circle(chain: list[File], back: Path) -> UsageError:
     return Problem("recipes extend one another in a circle", where, found=shown).error()
 
 
-def _read_text(path: Path, file: str) -> str:
+def _read_text(path: Path, file: str, kind: str) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the recipe: {error.strerror}", where=file) from error
+        raise UsageError(f"cannot read the {kind}: {error.strerror}", where=file) from error
     if len(data) > MAX_BYTES:
-        raise UsageError("not a recipe", where=file, expected=f"at most {MAX_BYTES} bytes")
+        raise UsageError(f"not a {kind}", where=file, expected=f"at most {MAX_BYTES} bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -240,8 +246,8 @@ def _constructor() -> SafeConstructor:
     return SafeConstructor(loader=_parser())
 
 
-def _too_deep(where: Where) -> UsageError:
-    return Problem("not a recipe", where, expected=f"at most {MAX_DEPTH} levels of nesting").error()
+def _too_deep(where: Where, kind: str) -> UsageError:
+    return Problem(f"not a {kind}", where, expected=f"at most {MAX_DEPTH} levels of nesting").error()
 
 
 def _kind(node: Node) -> str:
@@ -254,14 +260,17 @@ class _Reader:
 
     file: str
     problems: list[Problem]
+    kind: str
     count: int = 0
 
     def read(self, node: Node, where: Where, depth: int) -> Located:
         self.count += 1
         if self.count > MAX_VALUES:
-            raise Problem("not a recipe", where, expected=f"at most {MAX_VALUES} values, aliases included").error()
+            raise Problem(
+                f"not a {self.kind}", where, expected=f"at most {MAX_VALUES} values, aliases included"
+            ).error()
         if depth >= MAX_DEPTH and not isinstance(node, ScalarNode):
-            raise _too_deep(where)
+            raise _too_deep(where, self.kind)
         kind = str(node.tag).removeprefix(YAML_TAG)
         if not isinstance(node, ScalarNode) and kind not in ("map", "seq"):
             self.problems.append(Problem(f"unknown YAML tag {node.tag}", where, expected="a plain value"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,19 @@ def imatrix_text(document: dict[str, Any]) -> str:
         f"{document['file']}: {document['entries']} entries from {document['chunks']} chunks of "
         f"{document['chunk_size']} tokens, {document['bytes']:,} bytes"
     )
+
+
+def matrix_text(document: dict[str, Any]) -> str:
+    """What became of a matrix's cells, a row each."""
+    rows = [["model", "recipe", "result", "status", "seconds", "bytes", "why"]]
+    for cell in document["cells"]:
+        nbytes = f"{sum(cell['bytes'].values()):,}" if cell["bytes"] else ""
+        result = "FAILED" if cell["result"] == "failed" else cell["result"]
+        numbers = [str(cell["status"]), f"{cell['seconds']:.0f}" if cell["seconds"] else "", nbytes]
+        rows.append([cell["model"], cell["recipe"], result, *numbers, cell["message"]])
+    counts = Counter(cell["result"] for cell in document["cells"])
+    told = ", ".join(f"{counts[result]} {result}" for result in ("built", "reused", "failed") if counts[result])
+    return columns(rows, frozenset({3, 4, 5})) + f"\n{told}; in {document['out']}"
 
 
 def tensor_text(document: list[dict[str, Any]]) -> str:

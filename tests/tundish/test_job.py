@@ -376,7 +376,7 @@ def test_what_appears_under_the_name_during_a_build_stays(checkpoint: Path, tmp_
         (out / "thesis.tex").write_text("precious")
 
     told: list[str] = []
-    watcher = Watcher(told.append, QUIET.start, appear, lambda: told.append("published"))
+    watcher = Watcher(told.append, QUIET.start, appear, lambda out: told.append("published"))
     with pytest.raises(UsageError, match=r"changed during the build.*out\.new"):
         build(Choices(str(recipe), out=out, verify=False), watcher)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
@@ -389,7 +389,7 @@ def test_a_build_reclaims_what_a_killed_one_left(checkpoint: Path, tmp_path: Pat
     left = tmp_path / f".out.abcd_123.{publishing._MACHINE}.partial"
     (left / "gguf").mkdir(parents=True)
     told: list[str] = []
-    watcher = Watcher(told.append, QUIET.start, QUIET.advance, lambda: told.append("published"))
+    watcher = Watcher(told.append, QUIET.start, QUIET.advance, lambda out: told.append("published"))
     build(Choices(str(recipe), out=tmp_path / "out", verify=False), watcher)
     assert not left.exists() and told[0].startswith(f"removed: {left}")
     assert told[-2:] == ["published", f"written: {tmp_path / 'out'}"]
