@@ -115,13 +115,13 @@ def open_checkpoint(folder: Path) -> Mapping[str, LazyTensor]:
     Other safetensors files beside them (Mistral ships the weights twice) are not looked at.
     """
     if (folder / SINGLE).exists():
-        return read_safetensors_header(_inside(folder, SINGLE))
+        return read_safetensors_header(path_inside(folder, SINGLE))
     if not (folder / INDEX).exists():
         raise _no_weights(folder)
     weight_map = _weight_map(folder)
     tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_safetensors_header(_inside(folder, shard)).items():
+        for name, tensor in read_safetensors_header(path_inside(folder, shard)).items():
             if name in tensors:
                 found = f"{tensors[name].path.name} and {shard}"
                 raise ModelError("tensor stored twice", where=name, expected="one shard", found=found)
@@ -237,7 +237,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return {name: str(shard) for name, shard in raw.items()}
 
 
-def _inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """folder/name, if that lies in the folder; links may lead to the blobs of the Hub's cache, where snapshots lie."""
     path, root = folder / name, folder.resolve()
     try:

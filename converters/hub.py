@@ -21,7 +21,7 @@ from converters.errors import ModelError, ResourceError, TundishError, UsageErro
 from converters.source import CONFIG, FOLDER_RULE, Source
 
 # What a conversion reads: no pickles, no code, nothing in subfolders.
-WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*", "NOTICE*"]
 UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's second copy of the weights
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")

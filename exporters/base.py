@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from exporters.card import Card as Card
 from exporters.options import Activations as Activations
 from exporters.options import TargetOptions as TargetOptions
 from exporters.target import Target as Target
@@ -131,6 +132,7 @@ class Exporter(Protocol):
     requires: tuple[str, ...]  # import names needed to export; missing ones are an error that names the extra
     runtime_requires: tuple[str, ...]  # import names needed to open the artifact
     extra: str  # the pip extra that brings both
+    card: Card  # what a model card says of the container
 
     def check(self, model: Model, options: TargetOptions) -> None:
         """UsageError or ModelError if the container cannot hold this model with these schemes."""

@@ -146,7 +146,7 @@ def test_every_import_is_declared_and_every_core_dependency_is_used() -> None:
         names = {normal(name) for name in distributions.get(found.root, [found.root])}
         used |= names
         own = container(found.file)
-        optional = ["reference", "plot", "datasets", "dask", "metrics"]
+        optional = ["reference", "plot", "datasets", "sign", "dask", "metrics"]
         extras = [own] if own else [] if found.top and not found.typing else optional
         declared = CORE.union(*map(extra_names, extras))
         if not names & declared:

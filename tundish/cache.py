@@ -67,6 +67,11 @@ def calibrations() -> Path:
     return cache_folder() / "calibrations"
 
 
+def checkpoint_notes() -> Path:
+    """The folder of notes where checkpoints lie: tundish.whereabouts."""
+    return cache_folder() / "checkpoints"
+
+
 def costs() -> Path:
     """The folder of what matrices cost in fewer bits, a folder each."""
     return cache_folder() / "costs"
@@ -190,6 +195,10 @@ def collect(older_than: float, now: float, say: Callable[[str], None]) -> tuple[
     """Remove what was last used more than `older_than` days ago, `now` in seconds since 1970, and what builds left
     that were killed. Returns the entries that are gone, and those that stay because something uses them."""
     reclaim_entries(say)
+    for note in _in(checkpoint_notes()):
+        with suppress(FileNotFoundError):  # another collects at the same time
+            if now - note.stat().st_mtime >= older_than * _DAY:
+                note.unlink()
     removed: list[Entry] = []
     used: list[Entry] = []
     for entry in entries():

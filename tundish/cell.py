@@ -26,7 +26,9 @@ from tundish.calibration_cache import is_kept, key_of
 from tundish.calibration_text import digest
 from tundish.child import exit_with_parent
 from tundish.events import Event, Events, watching
-from tundish.job import SILENT, Choices, FailedGatesError, build, output, require_undamaged, settle_recipe
+from tundish.integrity import require_intact
+from tundish.job import SILENT, Choices, FailedGatesError, build, output, settle_recipe
+from tundish.manifest import portable_recipe
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.model import find_source, open_model
 from tundish.plan import Plan, make_plan
@@ -152,14 +154,14 @@ def _built(
     manifest = read_manifest(out)
     if (
         manifest["tundish"] != version("tundish")
-        or manifest["recipe_digest"] != recipe_digest(recipe)
+        or manifest["recipe_digest"] != recipe_digest(portable_recipe(recipe))
         or manifest["source"]["files"] != digests.sha256
         or not _is_verified(manifest, recipe)
         or not _is_calibration(manifest["calibration"] or {}, recipe, text)
     ):
         return None
     try:
-        require_undamaged(out, manifest, choices.threads or 1)
+        require_intact(out, choices.threads or 1)
     except GateError as error:
         events.emit("message", message=f"built anew: {error}")
         return None

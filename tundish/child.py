@@ -30,6 +30,7 @@ def run_child(module: str, arguments: list[str], log: Path, seconds: float, thre
         "TMPDIR": str(log.absolute().parent),  # what runtimes leave behind goes with the folder
         "USE_TORCH": "0",  # transformers would import it where it is installed, which takes seconds and serves nothing
     }
+    environment.pop("TUNDISH_SIGNING_KEY", None)  # nothing that a runtime does needs it
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  # our own interpreter and module, no shell
             [sys.executable, "-P", "-m", module, *arguments],  # -P: never import from the working directory

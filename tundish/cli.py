@@ -71,6 +71,8 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to wri
 TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
+BuildArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="Check the signature with this public Ed25519 key, PEM.")]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
 ]
@@ -127,6 +129,10 @@ def build(
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", help="Sign with the Ed25519 key in this PEM file. Default: $TUNDISH_SIGNING_KEY."),
+    ] = None,
     events: EventsOption = None,
     metrics: MetricsOption = None,
     as_json: JsonOption = False,
@@ -135,7 +141,7 @@ def build(
     from tundish import job
     from tundish.observe import build_titles, observing
 
-    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh)
+    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh, sign_key=sign_key)
     titles = build_titles(recipe, model)
     with figures_of_failed_gates(as_json), observing("build", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
@@ -237,24 +243,71 @@ def plan(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")],
+    folder: BuildArgument,
     model: Annotated[
         str | None, typer.Option("--model", help="The checkpoint it was made from. Default: the manifest's.")
     ] = None,
     threads: ThreadsOption = None,
+    key: KeyOption = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Check digests and signature, and open no artifact.")
+    ] = False,
     events: EventsOption = None,
     metrics: MetricsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Open the artifacts of an earlier build in their runtimes again and measure again."""
+    """Check the files of an earlier build and its signature, open the artifacts in their runtimes and measure again."""
     from tundish import job
+    from tundish.integrity import require_intact
     from tundish.observe import artifact_titles, observing
 
     titles = artifact_titles(folder)
     with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
-            manifest = observed.manifest = job.verify_again(folder, model, threads, watching)
+            if files_only:
+                intact = require_intact(folder, threads or job.cores(), key)
+                watching.say(intact.signature.value)
+                manifest = observed.manifest = intact.manifest
+            else:
+                manifest = observed.manifest = job.verify_again(folder, model, threads, watching, key)
         show(manifest, as_json, tables.summary_text)
+
+
+@app.command()
+def sign(
+    folder: BuildArgument,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="A private Ed25519 key, PEM. Default: $TUNDISH_SIGNING_KEY.")
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Sign a build that is there already, after checking its files; an earlier signature is replaced."""
+    from tundish.job import cores
+    from tundish.papers import sign_build
+
+    with people() as watching:
+        sign_build(folder, key, threads or cores(), watching.say)
+
+
+@app.command()
+def push(
+    folder: BuildArgument,
+    destination: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME[/FOLDER]", help="A model on the Hub.")],
+    target: Annotated[
+        Target | None, typer.Option("--target", help="Only this container, at the top of the repository.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
+    key: KeyOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a build whose gates have all passed on the Hugging Face Hub, in one commit."""
+    from tundish.push import Push
+    from tundish.push import push as push_build
+
+    with people() as watching:
+        document = push_build(Push(folder, destination, target, public, key, threads), watching)
+    show(document, as_json, lambda pushed: f"pushed: {pushed['url']}")
 
 
 @app.command()

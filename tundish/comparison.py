@@ -25,7 +25,8 @@ from tundish.child import run_child
 from tundish.disk import disk_errors
 from tundish.divergence import Divergence
 from tundish.heldout import evaluation_text
-from tundish.job import cores, recorded_recipe, recorded_source, require_undamaged
+from tundish.integrity import require_intact
+from tundish.job import cores, recorded_recipe, recorded_source
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.measure import Request
 from tundish.model import open_model
@@ -113,7 +114,7 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     _require_one_source(list(builds.values()))
     threads = asked.threads or cores()
     for build in builds.values():
-        require_undamaged(build.folder, dict(build.manifest), threads)
+        require_intact(build.folder, threads)
     first = artifacts[0].build
     source, stamp = recorded_source(dict(first.manifest["source"]), asked.model, threads)
     models = {

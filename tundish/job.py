@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -12,8 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-from converters.errors import GateError, UsageError
-from converters.file_digest import sha256_of
+from converters.errors import GateError, ResourceError, UsageError
 from converters.source import (
     Source,
     SourceDigests,
@@ -34,18 +33,22 @@ from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
 from tundish.cost_cache import CostMemory
 from tundish.disk import disk_errors
 from tundish.estimate import estimate_time
+from tundish.integrity import Signature, require_intact
 from tundish.manifest import build_manifest, verification_record
-from tundish.manifest_file import MANIFEST, REPORT, read_manifest, write_manifest
+from tundish.manifest_file import write_manifest
 from tundish.model import SAMPLE, find_source, open_model
+from tundish.papers import write_licences, write_papers
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import pour
-from tundish.publish import files_in, publish, reclaim, reject, require_replaceable, staging
+from tundish.publish import publish, reclaim, reject, require_replaceable, staging
 from tundish.recipe import Recipe, line_of, load_recipe, recipe_digest
 from tundish.recipe_errors import MisfitError
-from tundish.report import write_report
 from tundish.settle import settle_schemes, with_recorded_schemes
 from tundish.signals import deferred_signals
+from tundish.signing import Signer, load_signer
+from tundish.source_card import licence_files
 from tundish.verify import TargetResult, verify
+from tundish.whereabouts import recall, remember
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,7 +73,8 @@ SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: Non
 @dataclass(frozen=True, slots=True)
 class Choices:
     """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: calibrate even if
-    that was done before; `revision`: of the model; `known`: its digests, if they were taken already."""
+    that was done before; `revision`: of the model; `known`: its digests, if they were taken already; `sign_key`: a
+    private key in a PEM file, see tundish.signing."""
 
     recipe: str
     model: str | None = None
@@ -81,6 +85,7 @@ class Choices:
     fresh: bool = False
     revision: str | None = None
     known: SourceDigests | None = None
+    sign_key: Path | None = None
 
 
 def telling_lines(work: Callable[Concatenate[Choices, P], T]) -> Callable[Concatenate[Choices, P], T]:
@@ -165,6 +170,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     """
     threads = choices.threads or cores()
     recipe = settle_recipe(choices)
+    signer = load_signer(choices.sign_key)
     out = output(choices, recipe)
     require_replaceable(out, recipe.targets)
     require_replaceable(rejected_name(out), Target)
@@ -172,7 +178,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
     stamp = source_stamp(source.folder)
-    files = source_files(source.folder)
+    files, licences = source_files(source.folder), licence_files(source.folder)
     with (
         blaming_changes(source.folder, stamp),
         in_use(source.folder),
@@ -202,27 +208,43 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
                 manifest = build_manifest(source, inputs(), model, recipe, plan, poured, calibrated.record)
                 require_unchanged(source.folder, stamp)
                 with disk_errors(out):
+                    write_licences(folder, manifest, licences)
                     write_manifest(folder, manifest)
+                _note_source(source, manifest["source"]["files"], watcher)
                 results = None
                 if choices.verify and recipe.verify.enabled:
                     results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
                     require_unchanged(source.folder, stamp)
-                _record(manifest, results, folder, out)
+                _record(manifest, results, folder, out, signer)
                 require_gates(manifest, results, folder, out)
                 with deferred_signals():  # nobody shall be told of an interruption that nothing was published
                     publish(folder, out, recipe.targets)
                     watcher.published(out)
-                    watcher.say(f"written: {out}")
+                    watcher.say(f"written: {out}{' (signed)' if signer else ''}")
     return manifest
 
 
-def _record(manifest: dict[str, Any], results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
-    """Write the manifest, with what verification found, and the report."""
+def _note_source(source: Source, files: Mapping[str, str], watcher: Watcher) -> None:
+    """For `tundish verify`, which finds Hub ids by name, and any other checkpoint by this."""
+    if source.repo_id is None:
+        try:
+            remember(files, source.folder)
+        except ResourceError as error:  # no reason to give up a build
+            watcher.say(f"`tundish verify` will need --model: {error}")
+
+
+def _record(
+    manifest: dict[str, Any],
+    results: Sequence[TargetResult] | None,
+    folder: Path,
+    out: Path,
+    signer: Signer | None = None,
+) -> None:
+    """Write the manifest, with what verification found, and what goes with it. What missed a gate is not signed."""
     if results is not None:
         manifest["verification"] = verification_record(results)
-    with disk_errors(out):
-        write_manifest(folder, manifest)
-        (folder / REPORT).write_text(write_report(manifest), encoding="utf-8")
+    with disk_errors(out), deferred_signals():
+        write_papers(folder, manifest, None if failed_gates(results or ()) else signer)
 
 
 class FailedGatesError(GateError):
@@ -263,11 +285,18 @@ def failed_gates(results: Sequence[TargetResult]) -> list[str]:
     ]
 
 
-def verify_again(folder: Path, model: str | None, threads: int | None, watcher: Watcher) -> dict[str, Any]:
-    """Check a published folder: its files' digests, then every gate anew. Updates its manifest and report."""
+def verify_again(
+    folder: Path, model: str | None, threads: int | None, watcher: Watcher, key: Path | None = None
+) -> dict[str, Any]:
+    """Check a published folder: its files' digests, the signature if there is a public key in the file `key`, then
+    every gate anew.
+
+    Updates its manifest, report and cards, unless it is signed: what somebody put a name to stays as it is.
+    """
     count = threads or cores()
-    manifest = read_manifest(folder)
-    require_undamaged(folder, manifest, count)
+    intact = require_intact(folder, count, key)
+    watcher.say(intact.signature.value)
+    manifest = intact.manifest
     recipe = recorded_recipe(manifest, folder)
     source, stamp = recorded_source(manifest["source"], model, count)
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
@@ -275,31 +304,15 @@ def verify_again(folder: Path, model: str | None, threads: int | None, watcher: 
         opened = with_recorded_schemes(open_model(source, recipe), recipe, manifest)
         results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
     require_unchanged(source.folder, stamp)
-    _record(manifest, results, folder, folder)
+    if intact.signature is Signature.NONE:
+        _record(manifest, results, folder, folder)
+    else:
+        manifest["verification"] = verification_record(results)
+        watcher.say("the folder is signed: its manifest and report stay as they are")
     failures = failed_gates(results)
     if failures:
         raise FailedGatesError(manifest, "verification failed", where=str(folder), found="; ".join(failures))
     return manifest
-
-
-def require_undamaged(folder: Path, manifest: dict[str, Any], threads: int) -> None:
-    """GateError unless the folder has the files of its manifest, as they were built, and no others."""
-    recorded = {
-        f"{target}/{name}": record
-        for target, entry in manifest["targets"].items()
-        for name, record in entry["files"].items()
-    }
-    present = {name: folder / name for name in recorded if (folder / name).is_file()}
-    sha256 = sha256_of(present.values(), threads)
-    damaged = [name for name in recorded if name not in present or sha256[present[name]] != recorded[name]["sha256"]]
-    damaged += sorted(files_in(folder) - recorded.keys() - {MANIFEST, REPORT})
-    if damaged:
-        raise GateError(
-            "files differ from the manifest",
-            where=str(folder),
-            found=", ".join(damaged[:5]) + (" …" if len(damaged) > 5 else ""),
-            mend="The folder was changed or damaged after it was built: build it again.",
-        )
 
 
 def recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
@@ -324,7 +337,7 @@ def recorded_source(record: dict[str, Any], model: str | None, threads: int) -> 
     elif record["repo_id"]:
         source = resolve_source(record["repo_id"], record["revision"])
     else:
-        source = find_source(record["folder"] or SAMPLE, None)
+        source = find_source(str(recall(record["files"]) or _only_sample(record["name"])), None)
     stamp = source_stamp(source.folder)
     found = source_digest(source.folder, threads)
     differing = sorted(name for name in {**record["files"], **found} if found.get(name) != record["files"].get(name))
@@ -336,6 +349,16 @@ def recorded_source(record: dict[str, Any], model: str | None, threads: int) -> 
             mend="Give the checkpoint with --model.",
         )
     return source, stamp
+
+
+def _only_sample(name: str) -> str:
+    if name != SAMPLE:
+        raise UsageError(
+            "the checkpoint that the artifacts were made from is not where it was",
+            where=name,
+            mend="Give it with --model.",
+        )
+    return SAMPLE
 
 
 def cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -13,7 +14,12 @@ from exporters.base import Target
 
 MANIFEST = "manifest.json"
 REPORT = "report.md"
-FORMAT = 2  # 1 had digests of whole matrices; 2 has them of their leaves (tundish.digest)
+PROVENANCE = "provenance.json"
+SIGNATURE = "provenance.intoto.jsonl"
+PAPERS = frozenset({MANIFEST, REPORT, PROVENANCE, SIGNATURE})  # what lies beside the artifacts
+# 1 had digests of whole matrices; 2 has them of their leaves (tundish.digest); 3 says nothing of the machine, and has
+# digests of what accompanies the artifacts
+FORMAT = 3
 
 
 def _plain(name: str) -> str:
@@ -32,8 +38,12 @@ class _File(_Record):
     sha256: str
 
 
+_Files = dict[Annotated[str, AfterValidator(_plain)], _File]
+
+
 class _Target(_Record):
-    files: dict[Annotated[str, AfterValidator(_plain)], _File] = Field(min_length=1)
+    files: _Files = Field(min_length=1)
+    documents: _Files
 
 
 class _Weight(_Record):
@@ -44,10 +54,15 @@ class _Weight(_Record):
 
 class _Source(_Record):
     name: str
-    folder: str | None
     repo_id: str | None
     revision: str | None
     files: dict[str, str] = Field(min_length=1)
+
+
+class _Result(_Record):
+    passed: bool | None
+    versions: dict[str, str]
+    gates: list[dict[str, Any]]
 
 
 class _Manifest(_Record):
@@ -59,7 +74,11 @@ class _Manifest(_Record):
     recipe: dict[str, Any]
     recipe_digest: str
     weights: dict[str, _Weight] = Field(min_length=1)
+    calibration: dict[str, Any] | None
+    libraries: dict[str, str]
     targets: dict[Annotated[Target, Field(strict=False)], _Target] = Field(min_length=1)
+    verification: dict[Annotated[Target, Field(strict=False)], _Result] | None
+    documents: _Files
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -73,6 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     try:
         manifest: dict[str, Any] = json.loads(text)
+        json.dumps(manifest, ensure_ascii=False).encode()  # JSON can spell half of a surrogate pair
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
@@ -88,8 +108,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def artifact_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the manifest records of the files in artifact folders ("bytes", "sha256"), by <target>/<name>."""
+    return {
+        f"{target}/{name}": record
+        for target, entry in manifest["targets"].items()
+        for name, record in {**entry["files"], **entry["documents"]}.items()
+    }
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is written."""
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json by way of a temporary file, so that an earlier one is never lost."""
-    temporary = folder / (MANIFEST + ".new")
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    """Write manifest.json; an earlier one is never lost."""
+    write_files(folder, {MANIFEST: manifest_bytes(manifest)})
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by way of temporary ones, so that earlier ones are never lost, and all of them at nearly one time."""
+    ready = []
+    for name, data in files.items():
+        temporary = folder / (name + ".new")
+        temporary.write_bytes(data)
+        ready.append((temporary, folder / name))
+    for temporary, path in ready:
+        temporary.replace(path)

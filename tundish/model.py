@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from converters.errors import UsageError
 from converters.generation import read_generation
 from converters.load import load_graph
@@ -16,9 +11,9 @@ from converters.source import Source, resolve_source
 from converters.tokenizer import read_tokenizer
 from exporters.base import Model
 from tundish.recipe import Recipe
+from tundish.source_card import read_source_card
 
 SAMPLE = "sample"
-_CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
 
 
 def find_source(model: str, revision: str | None) -> Source:
@@ -44,23 +39,7 @@ def open_model(source: Source, recipe: Recipe) -> Model:
         tokenizer=read_tokenizer(source.folder, config),
         context_length=context,
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
-        licence=_licence(source.folder),
+        licence=read_source_card(source.folder).licence,
         sampling=read_generation(source.folder).sampling,
         mix=default.name if isinstance(default, Mix) else None,
     )
-
-
-def _licence(folder: Path) -> str | None:
-    """The `license` of the model card's YAML front matter, if there is one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT]
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return None
-    try:
-        front = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
-    except (YAMLError, ValueError, KeyError, RecursionError, AssertionError):
-        return None  # a card for humans whose head is no sound YAML states no licence
-    licence = front.get("license") if isinstance(front, dict) else None
-    return licence if isinstance(licence, str) and licence.isprintable() else None

@@ -18,7 +18,7 @@ from pathlib import Path
 from converters.errors import UsageError
 from exporters.base import Target
 from tundish.disk import disk_errors
-from tundish.manifest_file import MANIFEST, REPORT, read_manifest
+from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, read_manifest
 from tundish.signals import deferred_signals
 
 if sys.platform != "win32":
@@ -51,7 +51,7 @@ def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
             where=str(out),
             mend="Build all targets of the recipe, or choose another --out.",
         )
-    foreign = sorted(present - _written(out / MANIFEST) - {MANIFEST, REPORT})
+    foreign = sorted(present - _written(out / MANIFEST) - PAPERS)
     if foreign:
         raise UsageError(
             "--out holds files beside the artifacts, and a new build would replace the folder",
@@ -84,8 +84,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def _written(manifest: Path) -> set[str]:
-    targets = read_manifest(manifest.parent)["targets"]
-    return {f"{target}/{name}" for target, entry in targets.items() for name in entry["files"]}
+    return {*artifact_files(read_manifest(manifest.parent))}
 
 
 @contextmanager

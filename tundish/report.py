@@ -24,7 +24,7 @@ def write_report(manifest: dict[str, Any]) -> str:
         "## Gates",
         _gates(manifest),
         "## Weights",
-        _weights(manifest),
+        table(*weight_rows(manifest)),
     ]
     if manifest.get("budget") is not None:
         rows = front_rows(manifest["budget"])
@@ -86,7 +86,8 @@ def _gates(manifest: dict[str, Any]) -> str:
     )
 
 
-def _weights(manifest: dict[str, Any]) -> str:
+def weight_rows(manifest: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table's header and rows: how many tensors and parameters each scheme holds."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for entry in manifest["weights"].values():
         elements = 1
@@ -95,4 +96,4 @@ def _weights(manifest: dict[str, Any]) -> str:
         counts[entry["scheme"]][0] += 1
         counts[entry["scheme"]][1] += elements
     rows = [[scheme, str(tensors), f"{elements:,}"] for scheme, (tensors, elements) in sorted(counts.items())]
-    return table(["scheme", "tensors", "parameters"], rows)
+    return ["scheme", "tensors", "parameters"], rows

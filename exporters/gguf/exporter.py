@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
-from exporters.base import Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.gguf import examine
+from exporters.gguf.modelfile import MODELFILE, modelfile
 from exporters.options import GgufOptions
 
 FILE = "model.gguf"
+_USAGE = f"""\
+    llama-cli -m {FILE}
+    ollama create my-model -f {MODELFILE} && ollama run my-model
+
+LM Studio and whatever else is built on llama.cpp open `{FILE}` as it is."""
 
 
 class GgufExporter:
@@ -22,6 +29,7 @@ class GgufExporter:
     requires: tuple[str, ...] = ("gguf",)
     runtime_requires: tuple[str, ...] = ("gguf", "xllamacpp")
     extra = "gguf"
+    card = Card("gguf", "llama.cpp", ("gguf", "llama.cpp", "ollama"), _USAGE)
 
     def check(self, model: Model, options: TargetOptions) -> None:
         """UsageError for schemes that GGUF cannot hold, ModelError for shapes that llama.cpp's graphs do not have."""
@@ -36,10 +44,10 @@ class GgufExporter:
         gguf_tensors(model.graph)
 
     def layout(self, model: Model, options: TargetOptions) -> Layout:
-        """One file: header, metadata, tensor table, then the tensors at multiples of 32 bytes."""
+        """One file: header, metadata, tensor table, then the tensors at multiples of 32 bytes. Ollama's Modelfile."""
         from exporters.gguf.layout import gguf_layout
 
-        return gguf_layout(model, FILE)
+        return replace(gguf_layout(model, FILE), small={MODELFILE: modelfile(model, FILE)})
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         """How llama.cpp, opening this file, treats LongRoPE, the context limit and the sliding window."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from converters.role import Role
-from exporters.base import BigFile, Layout, Model, Place, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import BigFile, Card, Layout, Model, Place, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.mlx.config import check_config, model_config, semantics
 from exporters.mlx.examine import devices, tensors
 from exporters.mlx.modules import (
@@ -25,6 +25,10 @@ from exporters.options import MlxOptions
 from exporters.schemes import refuse_ggml_schemes
 from exporters.transformers_files import encode_json, generation_config, tokenizer_files
 
+_USAGE = """\
+    pip install mlx-lm
+    mlx_lm.generate --model . --prompt 'What is the capital of France?'"""
+
 SHARD_NBYTES = 5 << 30  # mlx-lm's own limit for one file (mlx_lm.utils.MAX_FILE_SIZE_GB)
 
 
@@ -36,6 +40,7 @@ class MlxExporter:
     requires: tuple[str, ...] = ()
     runtime_requires: tuple[str, ...] = ("mlx", "mlx_lm")
     extra = "mlx"
+    card = Card("mlx", "mlx-lm", ("mlx",), _USAGE)
 
     def check(self, model: Model, options: TargetOptions) -> None:
         """UsageError if mlx-lm cannot compute this model, or MLX cannot store these schemes with these activations."""

@@ -11,7 +11,7 @@ from converters.graph import Weight
 from converters.ops import Attention
 from converters.quantize.scheme import NumberType
 from converters.quantize.tensor import F32
-from exporters.base import Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.onnx import examine
 from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
@@ -19,6 +19,20 @@ from exporters.onnx.settings import BFLOAT_PROVIDERS, Settings, resolve_settings
 from exporters.onnx.tokenizer_files import tokenizer_files
 from exporters.options import ExecutionProvider, OnnxOptions
 from exporters.schemes import refuse_ggml_schemes
+
+_USAGE = """\
+```python
+import onnxruntime_genai as og  # pip install onnxruntime-genai
+
+model = og.Model(".")
+tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
+parameters.set_search_options(max_length=100)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("The capital of France is"))  # apply_chat_template makes prompts of chats
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
 
 
 class OnnxExporter:
@@ -29,6 +43,7 @@ class OnnxExporter:
     requires: tuple[str, ...] = ("onnx",)
     runtime_requires: tuple[str, ...] = ("onnx", "onnxruntime", "onnxruntime_genai")
     extra = "onnx"
+    card = Card("onnx", "ONNX Runtime GenAI", ("onnx", "onnxruntime-genai"), _USAGE)
 
     def check(self, model: Model, options: TargetOptions) -> None:
         refuse_ggml_schemes(model, self.target)

@@ -15,6 +15,7 @@ from converters.quantize.tensor import F32
 from exporters.base import (
     Activations,
     BigFile,
+    Card,
     Layout,
     Model,
     Place,
@@ -35,6 +36,13 @@ XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
 NPU_GROUP_SIZE = 128
 
+_USAGE = """\
+```python
+import openvino_genai  # pip install openvino-genai
+
+print(openvino_genai.LLMPipeline(".", "CPU").generate("What is the capital of France?", max_new_tokens=100))
+```"""
+
 # What the plugins take from the IR instead of their defaults when a recipe asks for float32: no 8-bit activations, no
 # 8-bit cache. The arithmetic itself is chosen by whoever compiles the model, with INFERENCE_PRECISION_HINT.
 RUNTIME_OPTIONS = {
@@ -52,6 +60,7 @@ class OpenvinoExporter:
     requires: tuple[str, ...] = ("openvino", "openvino_tokenizers", "transformers")
     runtime_requires: tuple[str, ...] = ("openvino", "openvino_genai", "openvino_tokenizers")
     extra = "openvino"
+    card = Card("openvino", "openvino-genai", ("openvino",), _USAGE)
 
     def check(self, model: Model, options: TargetOptions) -> None:
         refuse_ggml_schemes(model, self.target)

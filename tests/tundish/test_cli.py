@@ -25,6 +25,7 @@ from onnx.helper import make_graph, make_model
 
 from exporters.base import Target
 from exporters.onnx.data_file import external_tensor
+from tests.tundish.test_integrity import write_keys
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import cli, doctor, tables
 
@@ -111,7 +112,8 @@ def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, po
     plan = json.loads(ended.out)
     for target, entry in plan["targets"].items():
         assert entry["files"] == {name: (poured / target / name).stat().st_size for name in entry["files"]}
-        assert entry["bytes"] == sum(path.stat().st_size for path in (poured / target).rglob("*") if path.is_file())
+        written = [path for path in (poured / target).rglob("*") if path.is_file() and path.name != "README.md"]
+        assert entry["bytes"] == sum(path.stat().st_size for path in written)
     assert {path.name for path in tmp_path.iterdir()} == {"r.yaml"}, "a plan writes nothing"
     text = tundish("plan", recipe, "--out", tmp_path / "out").out
     for row in plan["tensors"]:
@@ -121,6 +123,33 @@ def test_plan_says_what_the_build_then_writes(tundish: Run, checkpoint: Path, po
     parts = ["prepare", "calibrate", "read", "quantize", "write", "source", "digest", "total"]
     assert list(plan["time"]) == parts
     assert plan["time"]["total"] > 0
+
+
+def test_signed_builds(tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, out = write_keys(tmp_path, "key"), tmp_path / "out"
+    public = key.with_suffix(".pub")
+    require_refusal(
+        tundish("build", gguf_recipe, "--sign-key", tmp_path / "none", "--out", out), 2, "cannot read the key"
+    )
+    built = tundish("build", gguf_recipe, "--sign-key", key, "--out", out, "--no-verify")
+    assert built.status == 0 and f"written: {out} (signed)" in built.err
+    signature = (out / "provenance.intoto.jsonl").read_bytes()
+    checked = tundish("verify", out, "--key", public, "--files-only", "--json")
+    assert checked.status == 0 and json.loads(checked.out) == json.loads((out / "manifest.json").read_text())
+    assert checked.err.splitlines() == ["signature: valid"]
+    assert "signature: not checked" in tundish("verify", out, "--files-only").err
+    (out / "provenance.intoto.jsonl").unlink()
+    require_refusal(tundish("verify", out, "--key", public, "--files-only"), 4, "the build is not signed")
+    require_refusal(tundish("sign", out), 2, "no key to sign with")
+    monkeypatch.setenv("TUNDISH_SIGNING_KEY", key.read_text())
+    assert tundish("sign", out).status == 0 and (out / "provenance.intoto.jsonl").read_bytes() == signature
+    card = out / "gguf" / "README.md"
+    card.write_text(card.read_text().replace("Not verified", "Verified"))
+    require_refusal(tundish("verify", out, "--key", public, "--files-only"), 4, "found gguf/README.md")
+    require_refusal(tundish("sign", out), 4, "found gguf/README.md")
+    require_refusal(tundish("push", out, "hf://a/b"), 4, "found gguf/README.md")
+    rebuilt = tundish("build", gguf_recipe, "--out", out, "--no-verify")
+    assert rebuilt.status == 0 and (out / "provenance.intoto.jsonl").read_bytes() == signature, "the same bytes again"
 
 
 def test_an_importance_matrix(tundish: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish.comparison import Comparison, compare, failure_of, find_artifacts, remarks, table_rows
 from tundish.heldout import evaluation_text
 from tundish.job import Choices, build, verify_again
+from tundish.manifest_file import PAPERS, read_manifest
 from tundish.measure import tokens_per_second
+from tundish.papers import write_papers
+from tundish.whereabouts import remember
 
 NAMES = ["float", "int4"]
 
@@ -35,6 +38,12 @@ def builds(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
     for name in NAMES:
         build(Choices(str(folder / f"{name}.yaml"), out=folder / name, verify=False), QUIET)
     return [folder / name for name in NAMES]
+
+
+@pytest.fixture(autouse=True)
+def noted(own_cache: None, builds: Sequence[Path], checkpoint: Path) -> None:
+    """Where the checkpoint lies is noted in a cache, and each test has its own."""
+    remember(read_manifest(builds[0])["source"]["files"], checkpoint)
 
 
 def ask(*artifacts: Path, **rest: Any) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def test_report_and_picture(builds: Sequence[Path], tmp_path: Path) -> None:
         assert f"| {' | '.join(row)} |" in report
     drawing = (tmp_path / "deep" / "out" / "compare.svg").read_text()
     assert all(row[0] in drawing for row in rows)
-    assert all({path.name for path in folder.iterdir()} <= {"manifest.json", "report.md", *Target} for folder in builds)
+    assert all({path.name for path in folder.iterdir()} <= {*PAPERS, *Target} for folder in builds)
 
 
 def test_a_runtime_that_fails_and_one_that_is_missing(builds: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +135,7 @@ def test_names_tell_builds_apart(builds: Sequence[Path], tmp_path: Path) -> None
     assert labels == [f"{builds[1]}/gguf", f"{twin}/gguf", "float/onnx"]
 
 
-def test_what_cannot_be_compared(builds: Sequence[Path], tmp_path: Path) -> None:
+def test_what_cannot_be_compared(builds: Sequence[Path], checkpoint: Path, tmp_path: Path) -> None:
     floats, ours = builds
     with pytest.raises(UsageError, match="not a folder that tundish built"):
         ask(tmp_path)
@@ -142,11 +151,11 @@ def test_what_cannot_be_compared(builds: Sequence[Path], tmp_path: Path) -> None
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["source"]["files"]["config.json"] = "0" * 64
     manifest["source"]["name"] = "another"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    write_papers(other, manifest, None)
     with pytest.raises(UsageError, match=r"different checkpoints.*found another, with other contents in config\.json"):
         ask(ours, other)
     with pytest.raises(UsageError, match="not the checkpoint that the artifacts were made from"):
-        ask(other)
+        ask(other, model=str(checkpoint))
     shutil.rmtree(other)
     shutil.copytree(ours, other)
     (other / "gguf" / "model.gguf").write_bytes(b"GGUF")

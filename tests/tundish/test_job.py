@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,15 @@ from converters.source import Source
 from exporters.base import Target
 from exporters.gguf.importance import imatrix_names
 from exporters.registry import EXPORTERS
+from tests.tundish.test_integrity import write_keys
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, verify
 from tundish import publish as publishing
+from tundish.cache import collect
+from tundish.integrity import require_intact
 from tundish.job import Choices, Watcher, build, verify_again
 from tundish.model import open_model
+from tundish.papers import sign_build
 from tundish.recipe import load_recipe
 
 for module in ("xllamacpp", "onnxruntime_genai", "openvino_genai", "mlx_lm"):
@@ -67,8 +74,9 @@ def test_artifact_folders_hold_what_the_manifest_says(fp32_build: tuple[Path, di
     out, manifest = fp32_build
     for target, entry in manifest["targets"].items():
         present = {path.relative_to(out / target).as_posix() for path in (out / target).rglob("*") if path.is_file()}
-        assert present == set(entry["files"])
-        assert entry["bytes"] == sum((out / target / name).stat().st_size for name in present), "the plan was exact"
+        assert present == {*entry["files"], *entry["documents"]} and {*entry["documents"]} == {"README.md"}
+        nbytes = sum((out / target / name).stat().st_size for name in entry["files"])
+        assert entry["bytes"] == nbytes, "the plan was exact"
 
 
 def test_verify_again(checkpoint: Path, tmp_path: Path) -> None:
@@ -80,6 +88,41 @@ def test_verify_again(checkpoint: Path, tmp_path: Path) -> None:
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["verification"]["gguf"]["passed"] and gates(manifest, "gguf")["kl"]["passed"]
     assert "| gguf | kl | passed |" in (out / "report.md").read_text()
+    assert "| kl | passed |" in (out / "gguf" / "README.md").read_text()
+    assert require_intact(out, 1).manifest == manifest
+    key = write_keys(tmp_path, "key")
+    sign_build(out, key, 1, QUIET.say)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    said: list[str] = []
+    again = verify_again(out, None, None, replace(QUIET, say=said.append), key.with_suffix(".pub"))
+    assert again["verification"] == manifest["verification"] and said[0] == "signature: valid"
+    assert "the folder is signed: its manifest and report stay as they are" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_moved(checkpoint: Path, tmp_path: Path) -> None:
+    """The manifest does not say where it lay; --model finds it, and only its contents count."""
+    first = tmp_path / "first"
+    shutil.copytree(checkpoint, first)
+    recipe = write_recipe(tmp_path / "one.yaml", first, targets={"gguf": {}}, context=128)
+    manifest = build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
+    assert job.recorded_source(manifest["source"], None, 1)[0].folder == first
+    collect(1, time.time(), QUIET.say)
+    assert job.recorded_source(manifest["source"], None, 1)[0].folder == first
+    first.rename(tmp_path / "second")
+    with pytest.raises(UsageError, match=r"not where it was \(first\).*--model"):
+        verify_again(tmp_path / "out", None, 1, QUIET)
+    (tmp_path / "second").rename(first)
+    collect(-math.inf, time.time(), QUIET.say)
+    with pytest.raises(UsageError, match="not where it was"):
+        job.recorded_source(manifest["source"], None, 1)
+    first.rename(tmp_path / "second")
+    source, _ = job.recorded_source(manifest["source"], str(tmp_path / "second"), 1)
+    assert source.folder == tmp_path / "second"
+    with pytest.raises(GateError, match="not signed"):
+        verify_again(
+            tmp_path / "out", str(tmp_path / "second"), 1, QUIET, write_keys(tmp_path, "k").with_suffix(".pub")
+        )
 
 
 def test_a_mix_of_block_types(checkpoint: Path, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ EDITS: dict[str, Edit] = {
     "another format": lambda m: m.update(format=99),
     "no recipe": lambda m: m.pop("recipe"),
     "recipe of another type": lambda m: m.update(recipe=7),
+    "a document upwards": lambda m: m["targets"]["gguf"]["documents"].update({"../x": {"bytes": 1, "sha256": "00"}}),
+    "no verdict": lambda m: m.pop("verification"),
+    "a verdict that is none": lambda m: m.update(verification={"gguf": {"passed": "yes", "versions": {}, "gates": []}}),
     "size as text": lambda m: m["targets"]["gguf"]["files"]["model.gguf"].update(bytes="3"),
 }
 
@@ -38,7 +41,7 @@ def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Edit) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "7", "[]", "{}", "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize("text", ["", "7", "[]", "{}", "[" * 100_000, "\udcff", '{"a": "\\ud800"}'])
 def test_garbage(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError):

@@ -35,11 +35,15 @@ def old_build(out: Path) -> None:
     manifest = {
         "format": FORMAT,
         "tundish": "0",
-        "source": {"name": "m", "folder": "/m", "repo_id": None, "revision": None, "files": {"config.json": "00"}},
+        "source": {"name": "m", "repo_id": None, "revision": None, "files": {"config.json": "00"}},
         "recipe": {},
         "recipe_digest": "00",
         "weights": {"w": {"shape": [1], "scheme": "fp32"}},
-        "targets": {"gguf": {"files": {"model.gguf": {"bytes": 3, "sha256": "00"}}}},
+        "calibration": None,
+        "libraries": {},
+        "targets": {"gguf": {"files": {"model.gguf": {"bytes": 3, "sha256": "00"}}, "documents": {}}},
+        "verification": None,
+        "documents": {},
     }
     (out / "manifest.json").write_text(json.dumps(manifest))
 

@@ -1,0 +1,231 @@
+"""Digests and signatures of a build: whatever is changed is found and named, and others can check what is signed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from google.protobuf import json_format
+from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
+
+from converters.errors import GateError, UsageError
+from converters.file_digest import sha256_of
+from tundish.child import run_child
+from tundish.integrity import Signature, require_intact
+from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, read_manifest
+from tundish.papers import sign_build
+from tundish.signing import KEY_VARIABLE, load_signer
+
+PKCS8 = (Encoding.PEM, PrivateFormat.PKCS8)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return write_keys(tmp_path, "key")
+
+
+@pytest.fixture
+def signed(poured: Path, key: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "signed"
+    shutil.copytree(poured, folder)
+    sign_build(folder, key, 1, lambda text: None)
+    return folder
+
+
+def write_keys(folder: Path, name: str) -> Path:
+    """A new key in <name>.pem, and its public half in <name>.pub."""
+    private = Ed25519PrivateKey.generate()
+    (folder / f"{name}.pem").write_bytes(private.private_bytes(*PKCS8, NoEncryption()))
+    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / f"{name}.pub").write_bytes(public)
+    return folder / f"{name}.pem"
+
+
+def public(key: Path) -> Path:
+    return key.with_suffix(".pub")
+
+
+def flips(folder: Path, count: int, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Change a byte in each of `count` random places, one after the other: place -> what is said if that is not that
+    this file, and no other, is damaged."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in leave_out)
+    random = np.random.default_rng(5)
+    missed, doubtful = {}, 0
+    for index in range(count):
+        path = files[index % len(files)]
+        data = path.read_bytes()
+        at, change = int(random.integers(len(data))), int(random.integers(1, 256))
+        path.write_bytes(data[:at] + bytes([data[at] ^ change]) + data[at + 1 :])
+        name = path.relative_to(folder).as_posix()
+        said = "nothing"
+        try:
+            require_intact(folder, 1, None if leave_out else folder.parent / "key.pub")
+        except GateError as error:
+            said = str(error)
+        found = SIGNATURE if SIGNATURE in said else said.partition("; found ")[2].partition(". The folder")[0]
+        if found != name and found != f"{MANIFEST} (or what {PROVENANCE} says of it)":
+            missed[f"{name}, byte {at} ^ {change}"] = said
+        doubtful += found != name
+        path.write_bytes(data)
+    assert doubtful <= (count / 10 if leave_out else 0)
+    return missed
+
+
+def test_every_changed_byte_is_found_and_its_file_named(signed: Path, key: Path) -> None:
+    assert require_intact(signed, 2, public(key)).signature is Signature.VALID
+    assert not flips(signed, 200)
+    assert require_intact(signed, 2, public(key)).signature is Signature.VALID
+
+
+def test_so_it_is_without_a_key_but_for_the_signature_itself(signed: Path) -> None:
+    assert require_intact(signed, 2).signature is Signature.UNCHECKED
+    assert not flips(signed, 100, (SIGNATURE,))
+
+
+def test_no_byte_of_the_papers_may_change(signed: Path, key: Path) -> None:
+    """Each byte of the signature's file, and a bit each: what base64, JSON and names leave free as well."""
+    path = signed / SIGNATURE
+    data = path.read_bytes()
+    begin = data.index(b'"sig"') - 120  # the payload, which is the provenance, is before
+    for at in [*range(40), *range(begin, len(data))]:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(GateError, match=SIGNATURE):
+            require_intact(signed, 1, public(key))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "gguf/Modelfile": lambda folder: (folder / "gguf" / "Modelfile").unlink(),
+    "onnx/added.py": lambda folder: (folder / "onnx" / "added.py").write_text("import os"),
+    "mlx/README.md": lambda folder: shutil.copy(folder / "gguf" / "README.md", folder / "mlx" / "README.md"),
+    "report.md": lambda folder: (folder / "report.md").unlink(),
+    PROVENANCE: lambda folder: (folder / PROVENANCE).unlink(),
+    MANIFEST: lambda folder: (folder / MANIFEST).write_text("{}"),
+    "mlx/link": lambda folder: (folder / "mlx" / "link").symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("with_key", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_missing_added_or_exchanged(signed: Path, key: Path, name: str, with_key: bool) -> None:
+    CHANGES[name](signed)
+    with pytest.raises(GateError, match=f"files differ.*found {name}"):
+        require_intact(signed, 1, public(key) if with_key else None)
+
+
+def test_whoever_writes_all_papers_anew_needs_the_key(signed: Path, key: Path, tmp_path: Path) -> None:
+    """A forged build passes without a key, which cannot be helped, and not with one."""
+    (signed / "gguf" / "model.gguf").write_bytes(b"forged")
+    manifest: dict[str, Any] = json.loads((signed / MANIFEST).read_text())
+    digest = sha256_of([signed / "gguf" / "model.gguf"])[signed / "gguf" / "model.gguf"]
+    manifest["targets"]["gguf"]["files"]["model.gguf"]["sha256"] = digest
+    from tundish.papers import write_papers
+
+    envelope = (signed / SIGNATURE).read_bytes()
+    write_papers(signed, manifest, None)
+    assert require_intact(signed, 1).signature is Signature.NONE
+    with pytest.raises(GateError, match="not signed"):
+        require_intact(signed, 1, public(key))
+    (signed / SIGNATURE).write_bytes(envelope)
+    with pytest.raises(GateError, match=r"found gguf/README\.md|found gguf/model\.gguf"):
+        require_intact(signed, 1, public(key))
+    sign_build(signed, write_keys(tmp_path, "other"), 1, lambda text: None)
+    with pytest.raises(GateError, match=r"the signature does not hold.*no signature by this key"):
+        require_intact(signed, 1, public(key))
+
+
+def test_others_can_check_the_signature(signed: Path, key: Path) -> None:
+    """By DSSE's own rule and nothing but cryptography: https://github.com/secure-systems-lab/dsse/blob/master/protocol.md"""
+    envelope = json.loads((signed / SIGNATURE).read_text())
+    payload = base64.b64decode(envelope["payload"])
+    assert payload == (signed / PROVENANCE).read_bytes()
+    assert envelope["payloadType"] == "application/vnd.in-toto+json"
+    kind = envelope["payloadType"].encode()
+    encoded = b" ".join([b"DSSEv1", str(len(kind)).encode(), kind, str(len(payload)).encode(), payload])
+    private = load_pem_private_key(key.read_bytes(), None)
+    assert isinstance(private, Ed25519PrivateKey)
+    signature = base64.b64decode(envelope["signatures"][0]["sig"])
+    private.public_key().verify(signature, encoded)
+    with pytest.raises(InvalidSignature):
+        private.public_key().verify(signature, payload)
+    again = (signed / SIGNATURE).read_bytes()
+    sign_build(signed, key, 1, lambda text: None)
+    assert (signed / SIGNATURE).read_bytes() == again, "the same bytes every time"
+
+
+def test_the_statement_keeps_the_rules_of_in_toto_and_slsa(poured: Path) -> None:
+    """Read by in-toto's own messages, which know every field that may be there."""
+    text = (poured / PROVENANCE).read_text()
+    statement = Statement.copy_from_pb(json_format.Parse(text, StatementMessage()))
+    statement.validate()
+    assert statement.pb.predicate_type == "https://slsa.dev/provenance/v1"
+    predicate = json_format.ParseDict(json.loads(text)["predicate"], Provenance())
+    definition, manifest = predicate.build_definition, read_manifest(poured)
+    assert ":" in definition.build_type and predicate.run_details.builder.id == "pkg:pypi/tundish@0.1.0"
+    assert json_format.MessageToDict(definition.external_parameters)["recipe"] == manifest["recipe"]
+    dependencies = {each.name: each.digest["sha256"] for each in definition.resolved_dependencies}
+    assert dependencies == manifest["source"]["files"] and any(name.endswith("safetensors") for name in dependencies)
+    files = [path for path in poured.rglob("*") if path.is_file() and path.name != PROVENANCE]
+    found = {path.relative_to(poured).as_posix(): digest for path, digest in sha256_of(files).items()}
+    assert {each.name: each.digest["sha256"] for each in statement.pb.subject} == found
+
+
+def test_keys_that_are_none(tmp_path: Path, key: Path, signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other.pem"
+    locked = Ed25519PrivateKey.generate().private_bytes(*PKCS8, BestAvailableEncryption(b"secret"))
+    cases = {
+        "no private key that can be read": b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n",
+        "another kind of key": generate_private_key(SECP256R1()).private_bytes(*PKCS8, NoEncryption()),
+        "locked by a password": locked,
+    }
+    for found, pem in cases.items():
+        other.write_bytes(pem)
+        with pytest.raises(UsageError, match=found) as error:
+            load_signer(other)
+        assert "c2VjcmV0" not in str(error.value)
+    with pytest.raises(UsageError, match="cannot read the key"):
+        load_signer(tmp_path / "absent.pem")
+    with pytest.raises(UsageError, match="a private key, which is nothing to hand on"):
+        require_intact(signed, 1, key)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert load_signer(None) is None
+    with pytest.raises(UsageError, match=f"no key to sign with.*{KEY_VARIABLE}"):
+        sign_build(signed, None, 1, lambda text: None)
+    monkeypatch.setenv(KEY_VARIABLE, key.read_text())
+    before = (signed / SIGNATURE).read_bytes()
+    sign_build(signed, None, 1, lambda text: None)
+    assert (signed / SIGNATURE).read_bytes() == before, "the environment's key is the file's"
+    assert "PRIVATE" not in repr(load_signer(None))
+
+
+def test_runtimes_do_not_get_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    (tmp_path / "look.py").write_text(f"import os, sys\nsys.exit({KEY_VARIABLE!r} in os.environ)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_child("look", [], tmp_path / "log", 60, 1).failure is None
+
+
+def test_nothing_says_where_it_was_built(poured: Path, checkpoint: Path) -> None:
+    for path in poured.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            for folder in (checkpoint.parent, poured.parent, Path.home(), Path(__file__).resolve().parents[2]):
+                assert str(folder).encode() not in data, path

@@ -1,0 +1,70 @@
+"""What accompanies artifacts: licences, cards, report, manifest, provenance, signature.
+
+Each has the digests of those before it, so that a signature of the last covers everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.errors import GateError, UsageError
+from exporters.base import Target
+from exporters.registry import EXPORTERS
+from tundish.cards import model_card
+from tundish.disk import disk_errors
+from tundish.integrity import require_intact
+from tundish.manifest_file import MANIFEST, PROVENANCE, REPORT, SIGNATURE, manifest_bytes, write_files
+from tundish.provenance import statement_bytes
+from tundish.report import write_report
+from tundish.signing import KEY_VARIABLE, Signer, load_signer, sign
+from tundish.source_card import CARD
+
+
+def write_licences(folder: Path, manifest: dict[str, Any], licences: Mapping[str, bytes]) -> None:
+    """Put the checkpoint's licence into every artifact folder, and its digests into the manifest."""
+    for target, entry in manifest["targets"].items():
+        own = {name: data for name, data in licences.items() if name not in entry["files"]}
+        write_files(folder / target, own)
+        entry["documents"] |= {name: _record(data) for name, data in own.items()}
+
+
+def write_papers(folder: Path, manifest: dict[str, Any], signer: Signer | None) -> None:
+    """Write cards, report, manifest, provenance and, given a key, the signature.
+
+    The manifest gets the digests of those before it. An earlier signature is removed, since it is of other papers.
+    """
+    papers: dict[str, bytes] = {}
+    for target, entry in manifest["targets"].items():
+        card = model_card(manifest, target, EXPORTERS[Target(target)].card).encode()
+        papers[f"{target}/{CARD}"] = card
+        entry["documents"] = dict(sorted({**entry["documents"], CARD: _record(card)}.items()))
+    papers[REPORT] = write_report(manifest).encode()
+    manifest["documents"] = {REPORT: _record(papers[REPORT])}
+    papers[MANIFEST] = manifest_bytes(manifest)
+    papers[PROVENANCE] = statement_bytes(manifest, hashlib.sha256(papers[MANIFEST]).hexdigest())
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    write_files(folder, papers | ({} if signer is None else {SIGNATURE: sign(papers[PROVENANCE], signer)}))
+
+
+def sign_build(folder: Path, key: Path | None, threads: int, say: Callable[[str], None]) -> None:
+    """Sign a folder that is as it was built, with a private key in a PEM file or the environment's.
+
+    GateError if it is not, or missed a gate; UsageError without a key.
+    """
+    signer = load_signer(key)
+    if signer is None:
+        raise UsageError("no key to sign with", mend=f"Give one with --key, or as PEM in {KEY_VARIABLE}.")
+    manifest = require_intact(folder, threads).manifest
+    failed = [target for target, result in (manifest["verification"] or {}).items() if result["passed"] is False]
+    if failed:
+        raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
+    with disk_errors(folder):
+        write_files(folder, {SIGNATURE: sign((folder / PROVENANCE).read_bytes(), signer)})
+    say(f"signed: {folder / SIGNATURE}")
+
+
+def _record(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

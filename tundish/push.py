@@ -1,0 +1,201 @@
+"""Publishes a build on the Hugging Face Hub, in one commit, and looks whether everything arrived."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.errors import GateError, ResourceError, TundishError, UsageError
+from exporters.target import Target
+from tundish.integrity import require_intact
+from tundish.job import Watcher, cores
+from tundish.manifest_file import PAPERS, PROVENANCE, SIGNATURE, artifact_files
+from tundish.provenance import subjects
+
+_DESTINATION = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<folder>(?:/[^/\s]+)*)/?")
+_AT_ONCE = 256  # paths that the Hub is asked about in a request
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What the command line says. `key`: a public key that the build must be signed with."""
+
+    folder: Path
+    destination: str
+    target: Target | None = None
+    public: bool = False
+    key: Path | None = None
+    threads: int | None = None
+
+
+def push(asked: Push, watcher: Watcher) -> dict[str, Any]:
+    """Upload a build, or one container of it as a repository of its own; the document that --json prints.
+
+    A push that was interrupted goes on: what the Hub has of large files is not sent again, and nothing is visible until
+    the commit. Files of an earlier push of tundish that this build has not are removed by the same commit; any others
+    stay. GateError unless the files are as they were built and every gate has passed.
+    """
+    repo, folder = _destination(asked.destination)
+    intact = require_intact(asked.folder, asked.threads or cores(), asked.key)
+    watcher.say(intact.signature.value)
+    _require_passed(intact.manifest, asked)
+    files = _files(asked, intact.manifest)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from converters.hub import require_endpoint
+
+    require_endpoint()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(library_name="tundish", library_version=intact.manifest["tundish"])
+    additions = {folder + name: CommitOperationAdd(folder + name, str(path)) for name, (path, _) in files.items()}
+    for name, (_, sha256) in files.items():
+        if additions[folder + name].upload_info.sha256.hex() != sha256:
+            raise GateError("a file changed while it was pushed", where=name, mend="Push again.")
+    with _explained(repo):
+        api.create_repo(repo, private=not asked.public, exist_ok=True)
+        stale = _stale(api, repo, folder, asked.target, set(additions))
+        nbytes = sum(operation.upload_info.size for operation in additions.values())
+        watcher.say(f"pushing {len(files)} files, {nbytes:,} bytes, to {repo}")
+        commit = api.create_commit(
+            repo,
+            [*additions.values(), *(CommitOperationDelete(name) for name in sorted(stale))],
+            commit_message=f"{intact.manifest['recipe']['name']}, by tundish {intact.manifest['tundish']}",
+        )
+        watcher.published(asked.folder)
+        arrived = _arrived(api, repo, commit.oid, list(additions))
+    missing = sorted(name for name, operation in additions.items() if not _same(operation, arrived.get(name)))
+    if missing:
+        raise ResourceError(
+            "not everything arrived on the Hub",
+            where=f"{repo} at {commit.oid}",
+            found=", ".join(missing[:5]),
+            mend="See whether a .gitignore there leaves them out, and push again.",
+        )
+    return {
+        "repo": repo,
+        "commit": commit.oid,
+        "url": f"{api.endpoint}/{repo}/tree/main/{folder}".rstrip("/"),
+        "files": list(additions),
+        "removed": sorted(stale),
+    }
+
+
+def _destination(text: str) -> tuple[str, str]:
+    """Id of the repository, and the folder in it with a slash at its end, or nothing."""
+    found = _DESTINATION.fullmatch(text)
+    parts = found["folder"].strip("/").split("/") if found else []
+    if found is None or {".", ".."} & {*parts} or ".git" in parts:
+        raise UsageError("no place on the Hub", where=text, expected="hf://OWNER/NAME or hf://OWNER/NAME/FOLDER")
+    return found["repo"], "".join(f"{part}/" for part in parts if part)
+
+
+def _require_passed(manifest: dict[str, Any], asked: Push) -> None:
+    """GateError unless every container that goes out was verified, and passed."""
+    targets = manifest["targets"] if asked.target is None else [asked.target.value]
+    unknown = [target for target in targets if target not in manifest["targets"]]
+    if unknown:
+        raise UsageError("the build has no such container", found=unknown[0], expected=", ".join(manifest["targets"]))
+    verification = manifest["verification"] or {}
+    failed = [
+        f"{target} {'missed its gates' if verification.get(target, {}).get('passed') is False else 'was not verified'}"
+        for target in targets
+        if verification.get(target, {}).get("passed") is not True
+    ]
+    if failed:
+        raise GateError(
+            "only what passed its gates is pushed",
+            where=str(asked.folder),
+            found=", ".join(failed),
+            mend="`tundish verify` verifies a build; --target pushes one container.",
+        )
+
+
+def _files(asked: Push, manifest: dict[str, Any]) -> dict[str, tuple[Path, str]]:
+    """Path and SHA-256 of each file by its name on the Hub. One container goes with the provenance, if not the rest."""
+    recorded = {name: record["sha256"] for name, record in artifact_files(manifest).items()}
+    papers = {name for name in PAPERS if (asked.folder / name).exists()}
+    start = "" if asked.target is None else f"{asked.target}/"
+    if asked.target is not None:
+        recorded = {name: digest for name, digest in recorded.items() if name.startswith(start)}
+        papers &= {PROVENANCE, SIGNATURE}
+    digests = recorded | {name: hashlib.sha256((asked.folder / name).read_bytes()).hexdigest() for name in papers}
+    return {name.removeprefix(start): (asked.folder / name, digest) for name, digest in sorted(digests.items())}
+
+
+def _stale(api: Any, repo: str, folder: str, target: Target | None, new: set[str]) -> set[str]:
+    """Files of an earlier push to the same place, as its provenance names them, that this one has not."""
+    present = {file.rfilename for file in api.repo_info(repo).siblings or ()}
+    if folder + PROVENANCE not in present:
+        return set()
+    start = "" if target is None else f"{target}/"
+    earlier = subjects(Path(api.hf_hub_download(repo, folder + PROVENANCE)).read_bytes()) or {}
+    ours = {folder + name.removeprefix(start) for name in earlier if name.startswith(start)} | {folder + SIGNATURE}
+    return (ours & present) - new
+
+
+def _arrived(api: Any, repo: str, commit: str, names: list[str]) -> dict[str, Any]:
+    """What the Hub says of each file at a commit."""
+    parts = (names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE))
+    return {info.path: info for part in parts for info in api.get_paths_info(repo, part, revision=commit)}
+
+
+def _same(operation: Any, info: Any) -> bool:
+    """Whether a file on the Hub is the one sent: by SHA-256 of a large file, by git's SHA-1 of any other."""
+    if info is None or info.size != operation.upload_info.size:
+        return False
+    if info.lfs is not None:
+        return bool(info.lfs.sha256 == operation.upload_info.sha256.hex())
+    data = Path(operation.path_or_fileobj).read_bytes()
+    return bool(info.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """What huggingface_hub raises, as an error that a user can mend. It never shows a token."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except TundishError:
+        raise
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+        raise _explain(error, repo) from error
+
+
+def _explain(error: Exception, repo: str) -> TundishError:
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    cause: BaseException = error
+    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # of one of the uploads
+        cause = cause.__cause__
+    found = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    found = re.sub(r"\?\S+", "", found)  # addresses of uploads have keys behind them
+    if token := get_token():
+        found = found.replace(token, "…")
+    if isinstance(cause, HFValidationError):
+        return UsageError("no valid Hub id", where=repo, found=found, mend="Ids are OWNER/NAME.")
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) and cause.response is not None else None
+    if status in (401, 403, 404):
+        return UsageError(
+            "the Hub does not let this account write there",
+            where=repo,
+            found=found,
+            mend="Log in with `hf auth login`, or set HF_TOKEN to a token that may write to the repository.",
+        )
+    if status is not None:
+        return ResourceError("the Hub refused the push", where=repo, found=found, mend="Push again; it goes on.")
+    return ResourceError(
+        "the push broke off",
+        where=f"{repo} on {constants.ENDPOINT}",
+        found=found,
+        mend="Push again: what has arrived is not sent twice.",
+    )

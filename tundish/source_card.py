@@ -1,0 +1,87 @@
+"""What a checkpoint's own model card says that its artifacts have to carry on, and the files of its licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from converters.checkpoint import path_inside
+from converters.errors import ModelError
+
+CARD = "README.md"
+_CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")  # and with an ending, such as LICENSE.md
+_LICENCE_BYTES = 1 << 18  # of a licence, generously: what is larger is none
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCard:
+    """Of a card's YAML front matter, in the Hub's terms: `license` (an SPDX id, or "other" with a name and a link),
+    `license_name`, `license_link` and `language`. None, or empty, is what the card does not state soundly.
+
+    https://huggingface.co/docs/hub/model-cards
+    """
+
+    licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+    languages: tuple[str, ...] = ()
+
+
+def read_source_card(folder: Path) -> SourceCard:
+    """Of the checkpoint in a folder; an empty one if it has no card, or one for people only."""
+    front = _front_matter(folder / CARD)
+    languages = front.get("language")
+    return SourceCard(
+        licence=_text(front.get("license")),
+        licence_name=_text(front.get("license_name")),
+        licence_link=_text(front.get("license_link")),
+        languages=tuple(text for each in _list(languages) if (text := _text(each))),
+    )
+
+
+def licence_files(folder: Path) -> dict[str, bytes]:
+    """The texts of the checkpoint's licence, by name, for whoever gets an artifact of it.
+
+    ModelError if one is a link out of the folder: what it leads to is not the checkpoint's to give away.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.split(".")[0].split("-")[0].upper() not in _LICENCES or not path.is_file():
+            continue
+        if path.stat().st_size > _LICENCE_BYTES:
+            raise ModelError(
+                "a licence too long to be one",
+                where=str(path),
+                expected=f"at most {_LICENCE_BYTES:,} bytes",
+                found=f"{path.stat().st_size:,}",
+                mend="Move it out of the checkpoint's folder if it is something else.",
+            )
+        found[path.name] = path_inside(folder, path.name).read_bytes()
+    return found
+
+
+def _front_matter(card: Path) -> Mapping[str, Any]:
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT]
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        front = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
+    except (YAMLError, ValueError, KeyError, RecursionError, AssertionError):
+        return {}  # a card for humans whose head is no sound YAML states nothing
+    return front if isinstance(front, dict) else {}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value.isprintable() and value.strip() else None
