@@ -11,7 +11,7 @@ export MODEL OUT THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all bench bench-memory bench-peers check format lock schema wheel clean $(RECIPES)
+.PHONY: help setup test test-all fuzz bench bench-memory bench-peers check format lock schema wheel clean $(RECIPES)
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -37,6 +37,15 @@ test: $(VENV)/.test-ready ## Run the fast tests; ARGS= goes to pytest
 
 test-all: $(VENV)/.test-ready ## Run all tests, also the slow ones and those that need the network
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# atheris has wheels for Linux on x86 alone; elsewhere inputs are drawn without its guidance.
+PARSERS ?= $(shell $(BIN)/python -c 'from tests.fuzz.parsers import PARSERS; print(*PARSERS)')
+MINUTES ?= 10
+
+fuzz: $(VENV)/.test-ready ## Fuzz each parser of PARSERS= (all) for MINUTES= (10), one after the other; findings go to build/fuzz
+	-$(INSTALL) --quiet atheris==3.0.0
+	for name in $(PARSERS); do \
+		$(BIN)/python -W ignore -m tests.fuzz.run --parser "$$name" --minutes $(MINUTES) || exit; done
 
 # Where checkpoints and artifacts of benchmarks go: see benchmarks/README.md, also for what ARGS may be.
 WORK ?= build/bench

@@ -42,8 +42,13 @@ def render_chat(
     The environment is transformers': the sandbox, trimmed blocks, loop controls, raise_exception, strftime_now, tojson,
     and the special tokens as variables. Raises ModelError if there is no template, or if it fails, refuses the messages
     or reaches for Python objects. There is no limit to the time and memory that a template takes: run foreign ones in a
-    process that has one.
+    process that has one, as tundish.chat_renderer does.
     """
+    return render(*template_variables(tokenizer), messages, add_generation_prompt)
+
+
+def template_variables(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
+    """The model's template, and the special tokens that it sees. ModelError if there is no template."""
     if tokenizer.chat_template is None:
         raise ModelError(
             "the model has no chat template",
@@ -54,14 +59,24 @@ def render_chat(
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
     special["unk_token"] = tokenizer.unk_id
     variables = {name: tokenizer.tokens[index].text for name, index in special.items() if index is not None}
+    return tokenizer.chat_template, variables
+
+
+def render(
+    template: str, variables: Mapping[str, str], messages: Sequence[Mapping[str, object]], add_generation_prompt: bool
+) -> str:
+    """render_chat by a template and its variables."""
     try:
-        template = _environment().from_string(tokenizer.chat_template)
-        prompt = template.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
+        prompt = (
+            _environment()
+            .from_string(template)
+            .render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
         )
         prompt.encode()  # a template can spell half of a surrogate pair, which no tokenizer takes
     except Exception as error:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ModelError
-from converters.json_file import MAX_NBYTES, Json, parse_json, read_json, regular_size
+from converters.json_file import MAX_NBYTES, Json, inside, parse_json, read_json, regular_size
 from converters.quantize.tensor import FloatArray
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,13 +115,13 @@ def open_checkpoint(folder: Path) -> Mapping[str, LazyTensor]:
     Other safetensors files beside them (Mistral ships the weights twice) are not looked at.
     """
     if (folder / SINGLE).exists():
-        return read_safetensors_header(path_inside(folder, SINGLE))
+        return read_safetensors_header(inside(folder, SINGLE))
     if not (folder / INDEX).exists():
         raise _no_weights(folder)
     weight_map = _weight_map(folder)
     tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_safetensors_header(path_inside(folder, shard)).items():
+        for name, tensor in read_safetensors_header(inside(folder, shard)).items():
             if name in tensors:
                 found = f"{tensors[name].path.name} and {shard}"
                 raise ModelError("tensor stored twice", where=name, expected="one shard", found=found)
@@ -230,35 +230,11 @@ def _cut(path: Path, expected: str, size: int) -> ModelError:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    raw = read_json(folder / INDEX).get("weight_map")
+    raw = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(raw, dict) or not raw or not all(isinstance(shard, str) for shard in raw.values()):
         expected = '"weight_map" from tensor names to file names'
         raise ModelError("malformed index", where=INDEX, expected=expected, found=type(raw).__name__)
     return {name: str(shard) for name, shard in raw.items()}
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """folder/name, if that lies in the folder; links may lead to the blobs of the Hub's cache, where snapshots lie."""
-    path, root = folder / name, folder.resolve()
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle, ValueError: a NUL
-        mend = "Download the checkpoint again."
-        raise ModelError(
-            "impossible name of a checkpoint file", where=repr(name), found=str(error), mend=mend
-        ) from error
-    roots = [root]
-    if root.parent.name == "snapshots":  # models--org--name/snapshots/<commit>/file -> models--org--name/blobs/<hash>
-        roots.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(each) for each in roots):
-        raise ModelError(
-            "checkpoint file lies outside of its folder",
-            where=name,
-            expected=f"a file in {folder}",
-            found=str(target),
-            mend="Copy the file into the folder.",
-        )
-    return path
 
 
 def _no_weights(folder: Path) -> ModelError:

@@ -14,7 +14,7 @@ import numpy as np
 from converters import config_keys
 from converters.errors import ModelError
 from converters.generation import Generation, read_generation, token_id, token_ids
-from converters.json_file import Json, read_json
+from converters.json_file import Json, inside, read_json
 
 FILE = "config.json"
 MAX_INTEGER = 2**31 - 1  # containers and runtimes have 32 bits for sizes, contexts and ids
@@ -141,7 +141,7 @@ def read_config(folder: Path) -> ModelConfig:
     error: it may change what the model computes. Special ids: generation_config.json wins over config.json, since
     transformers' generate() uses it alone.
     """
-    raw = read_json(folder / FILE)
+    raw = read_json(inside(folder, FILE))
     family_name = raw.get("model_type")
     if not isinstance(family_name, str) or family_name not in config_keys.FAMILIES:
         raise ModelError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from threading import Event
 
 from converters.errors import ModelError
+from converters.json_file import regular_size
 
 _CHUNK = 1 << 20
 
@@ -54,8 +54,10 @@ def _largest_first(paths: Iterable[Path]) -> list[Path]:
 
 def _openable_size(path: Path) -> int:
     """Bytes of a file that can be opened."""
-    with _reading(path), path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size
+    with _reading(path):
+        size = regular_size(path)  # before opening, which waits for whoever writes to a pipe
+        with path.open("rb"):
+            return size
 
 
 def _sha256(path: Path, stop: Event) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.config_keys import shown
 from converters.errors import ModelError
-from converters.json_file import Json, read_json
+from converters.json_file import Json, inside, read_json
 
 FILE = "generation_config.json"
 
@@ -37,7 +37,7 @@ def read_generation(folder: Path) -> Generation:
     path = folder / FILE
     if not path.exists():
         return Generation()
-    raw = read_json(path)
+    raw = read_json(inside(folder, FILE))
     sampling: dict[str, float | int | bool] = {}
     for key, (kind, largest, expected) in _SAMPLING.items():
         value = raw.get(key)

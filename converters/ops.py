@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from converters.arrays import products
 from converters.config import Rope
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
@@ -130,14 +131,8 @@ def _linear_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -> 
 def _linear(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) -> F32:
     x = inputs[0].reshape(-1, inputs[0].shape[-1])
     out = np.empty((x.shape[0], sum(w.shape[0] for w in weights)), np.float32)
-    first = 0
     step = max(1, MAX_WEIGHTS // x.shape[1])
-    for weight in weights:
-        rows = weight.shape[0]
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            np.matmul(x, weight[start:stop].T, out=out[:, first + start : first + stop])
-        first += rows
+    products().linear(x, (w[start : start + step] for w in weights for start in range(0, w.shape[0], step)), out)
     return out.reshape(*inputs[0].shape[:-1], out.shape[1])
 
 
@@ -162,7 +157,7 @@ def _attention(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) ->
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     v = np.ascontiguousarray(v)
     rows = max(1, min(length, MAX_SCORES // (shared * length)))
-    out = np.empty((batch, length, heads, dim), np.float32)
+    out, attend = np.empty((batch, length, heads, dim), np.float32), products().attend
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         first = 0 if op.window is None else max(0, start - op.window + 1)
@@ -170,7 +165,7 @@ def _attention(op: Op, inputs: Sequence[np.ndarray], weights: Sequence[Rows]) ->
         for b in range(batch):
             for kv in range(kv_heads):  # the query heads that share k and v in one product
                 group = slice(kv * shared, (kv + 1) * shared)
-                mixed = _attend(q[b, group, start:stop], k[b, kv, first:stop], v[b, kv, first:stop], mask)
+                mixed = attend(q[b, group, start:stop], k[b, kv, first:stop], v[b, kv, first:stop], mask)
                 out[b, start:stop, group] = mixed.transpose(1, 0, 2)
     return out.reshape(batch, length, heads * dim)
 
@@ -182,18 +177,6 @@ def _mask(start: int, stop: int, first: int, window: int | None) -> F32:
     if window is not None:
         seen &= key > query - window
     return np.where(seen, np.float32(0), np.float32(-np.inf))
-
-
-def _attend(q: F32, k: F32, v: F32, mask: F32) -> F32:
-    """[heads, rows, dim]: softmax(q k^T / sqrt(dim) + mask) v for q [heads, rows, dim] and k, v [keys, dim]."""
-    heads, rows, dim = q.shape
-    scores = ((q * np.float32(dim**-0.5)).reshape(heads * rows, dim) @ k.T).reshape(heads, rows, len(k))
-    scores += mask
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    mixed: F32 = (scores.reshape(heads * rows, len(k)) @ v).reshape(heads, rows, dim) / total
-    return mixed
 
 
 def _swiglu_shape(op: Op, inputs: Sequence[Shape], weights: Sequence[Shape]) -> Shape:

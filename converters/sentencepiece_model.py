@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from converters.errors import ModelError
+from converters.json_file import read_small
 from converters.vocabulary import SpacePrefix, Token, TokenizerKind, TokenType, Vocabulary
 
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
@@ -27,13 +28,14 @@ PIECE_TYPES = {
     5: TokenType.UNUSED,
     6: TokenType.BYTE,
 }
+_MAX_NBYTES = 1 << 24  # a vocabulary of 256,000 pieces has a quarter
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 def read_sentencepiece(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.model. Raises ModelError if it is damaged or not BPE with byte fallback."""
     try:
-        return _vocabulary(path.read_bytes(), path.name)
+        return _vocabulary(read_small(path, _MAX_NBYTES), path.name)
     except (OSError, IndexError, struct.error, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             "the SentencePiece model cannot be read",

@@ -20,7 +20,7 @@ from typing import Any
 from converters.config import ModelConfig
 from converters.errors import ModelError
 from converters.fast_tokenizer import read_fast_tokenizer
-from converters.json_file import read_json
+from converters.json_file import inside, read_json, read_small
 from converters.sentencepiece_model import read_sentencepiece
 from converters.vocabulary import (
     AddedToken,
@@ -60,6 +60,7 @@ NAME_DEFAULTS = {
 }
 # The class that transformers takes where tokenizer_config.json names none.
 CLASS_OF_FAMILY = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
+_MAX_TEMPLATE = 1 << 20  # bytes; long ones have a few thousand
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 Json = dict[str, Any]  # parsed JSON of a foreign format: each field is checked where it is used
 
@@ -103,7 +104,7 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _record(folder: Path, config: ModelConfig) -> Tokenizer:
-    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    files = {name: inside(folder, name) for name in FILES if (folder / name).is_file()}
     settings = _read_json(files, "tokenizer_config.json")
     cls = str(settings.get("tokenizer_class") or CLASS_OF_FAMILY.get(config.family, "")).removesuffix("Fast")
     vocabulary, where = _read_vocabulary(files, settings, cls, folder)
@@ -289,7 +290,7 @@ def _frame(
 def _chat_template(files: Mapping[str, Path], settings: Json) -> str | None:
     if "chat_template.jinja" in files:
         try:
-            return files["chat_template.jinja"].read_text(encoding="utf-8")
+            return read_small(files["chat_template.jinja"], _MAX_TEMPLATE).decode()
         except UnicodeDecodeError as error:
             raise ModelError("the chat template is not UTF-8", where="chat_template.jinja", found=str(error)) from error
     template = settings.get("chat_template")

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import json
 
+from tokenizers import Tokenizer as FastTokenizer
+
+from converters.errors import ModelError
 from converters.fast_tokenizer import SPACE
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from converters.vocabulary import is_filler
 
 ADDED = frozenset((TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
+    """The tokenizers library's own, for encoding. ModelError if it refuses the file."""
+    try:
+        return FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            "the tokenizers library cannot read this tokenizer",
+            where="tokenizer.json",
+            found=str(error)[:300],
+            mend="Fetch the tokenizer files of the model again.",
+        ) from error
 
 
 def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:

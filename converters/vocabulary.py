@@ -9,6 +9,9 @@ from enum import Enum
 
 from converters.errors import ModelError
 
+MAX_TOKENS = 1 << 21  # several times the largest vocabulary: a configuration may state any size
+MAX_TEXT = 1 << 12  # characters of a token: what looks for its parts takes the square of that
+
 
 class TokenizerKind(Enum):
     """The algorithm: SentencePiece-style BPE with scores and byte fallback, or byte-level BPE with merges."""
@@ -143,6 +146,13 @@ def _added_type(old: Token | None, new: AddedToken) -> TokenType:
 
 def padded(tokens: Mapping[int, Token], vocab_size: int, where: str) -> tuple[Token, ...]:
     """Exactly `vocab_size` rows: ids without a token get unused ones. Raises ModelError for ids beyond."""
+    if vocab_size > MAX_TOKENS:
+        expected = f"at most {MAX_TOKENS}"
+        raise ModelError("vocab_size is too large", where=where, expected=expected, found=str(vocab_size))
+    longest = max((token.text for token in tokens.values()), key=len, default="")
+    if len(longest) > MAX_TEXT:
+        found = f"{longest[:20]!r} and {len(longest) - 20} characters more"
+        raise ModelError("a token is too long", where=where, expected=f"at most {MAX_TEXT} characters", found=found)
     beyond = sorted(index for index in tokens if not 0 <= index < vocab_size)
     if beyond:
         raise ModelError(

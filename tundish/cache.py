@@ -22,6 +22,8 @@ from typing import Any
 
 import platformdirs
 
+from converters.errors import ModelError
+from converters.json_file import read_small
 from tundish.disk import cache_errors
 from tundish.publish import reclaim, staging
 
@@ -29,6 +31,7 @@ if sys.platform != "win32":
     import fcntl
 
 INDEX = "index.json"
+_MAX_INDEX = 1 << 24  # bytes
 _KEY = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = ".unfinished"
 _LEFT = re.compile(r"\.([0-9a-f]{64}(?:\.unfinished)?)\.[^.]+(?:\.[^.]+)?\.partial")
@@ -114,10 +117,10 @@ def write_index(folder: Path, content: Json) -> None:
 def read_index(folder: Path) -> Json | None:
     """What write_index was given; None if that is not there, or not as it was."""
     try:
-        index = json.loads((folder / INDEX).read_bytes())
+        index = json.loads(read_small(folder / INDEX, _MAX_INDEX))
         content: Json = index["content"]
-        return content if index["sha256"] == canonical(content) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return content if index["sha256"] == canonical(content) and _is_index(content) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ModelError):
         return None
 
 
@@ -162,6 +165,17 @@ def put(made: Path, folder: Path, fresh: bool) -> bool:
 def unfinished(folder: Path) -> Path:
     """Where the calibration of an entry is made, and goes on if it was killed."""
     return folder.with_name(folder.name + _UNFINISHED)
+
+
+def _is_index(content: Json) -> bool:
+    """Whether it says what is asked of it, each of its kind: a digest that fits makes nothing true."""
+    kinds = {"model": str, "text": str, "token_ids_sha256": str, "bits": dict | None, "files": dict}
+    return (
+        {"model", "text"} <= content.keys()
+        and all(isinstance(content[name], kind) for name, kind in kinds.items() if name in content)
+        and isinstance(content["key"]["method"], str)
+        and all(isinstance(each["bytes"], int) and each["sha256"] for each in content.get("files", {}).values())
+    )
 
 
 def calibration_folders() -> list[Path]:

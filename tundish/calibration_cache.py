@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.arrays import products
 from converters.errors import ModelError
 from converters.file_digest import sha256_of
 from converters.graph import Graph
@@ -72,7 +73,7 @@ class Keeper:
 
 
 def key_of(model: Model, recipe: Recipe, text: CalibrationText, checkpoint: Mapping[str, str]) -> Key:
-    """The key of a calibration. checkpoint: SHA-256 of each of source_files, by name."""
+    """The key of a calibration that this thread would make. checkpoint: SHA-256 of each of source_files, by name."""
     calibration = recipe.calibration
     if text.token_ids is None:  # what the model will write is known by what it depends on
         read: Json = {"seed": calibration.seed, "chat": calibration.chat}
@@ -121,6 +122,7 @@ def _settings(graph: Graph, recipe: Recipe) -> Json:
         "version": CALIBRATION_VERSION,
         "tundish": version("tundish"),
         "numpy": np.__version__,
+        "computed_by": products().name,
         "method": recipe.settled_method.value,
         "schemes": {weight.name: weight.scheme.name for weight in graph.weights.values()},
     }
@@ -131,7 +133,8 @@ def _kept(key: Key, threads: int, stack: ExitStack, say: Callable[[str], None]) 
     folder = key.folder
 
     def damaged(index: Json) -> list[str]:
-        return _damaged(folder, index["files"], threads)
+        asked = {"files", "bits", "token_ids_sha256"}
+        return _damaged(folder, index["files"], threads) if asked <= index.keys() else [INDEX]
 
     index = stack.enter_context(found(folder, key.parts, damaged, say, "the calibration is made anew"))
     if index is None:

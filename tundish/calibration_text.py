@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as FastTokenizer
 
-from converters.chat import render_chat
 from converters.dataset import Dataset
 from converters.errors import ModelError, UsageError
 from converters.generate import generate
 from converters.tokenizer import Tokenizer
-from converters.tokenizer_json import ensure_tokenizer_json
+from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Model
+from tundish.chat_renderer import chat_renderer
 from tundish.documentation import NAME, documentation
 from tundish.heldout import require_not_held_out
 from tundish.recipe_errors import MisfitError
@@ -124,7 +123,8 @@ def own_text(model: Model, sequences: int, length: int, seed: int, chat: bool, a
     if not chat:
         openings = [[] if tokenizer.bos_id is None else [tokenizer.bos_id]]
     else:
-        parts = render_chat(tokenizer, [{"role": "user", "content": MARK}]).split(MARK)
+        with chat_renderer(tokenizer) as render:
+            parts = render([{"role": "user", "content": MARK}], True).split(MARK)
         if len(parts) != 2:
             raise ModelError(
                 "the chat template does not say where the user's words begin and end",
@@ -142,7 +142,7 @@ class _Encoder:
     """The model's tokenizer, which recognizes special tokens in texts, and the BOS that it wants in front of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._fast = FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+        self._fast = fast_tokenizer(tokenizer)
         self._fast.no_truncation()
         self.bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
 
@@ -205,12 +205,13 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _prompts(tokenizer: Tokenizer, texts: Iterable[Text]) -> Iterator[str]:
     """Conversations as the template shows them."""
-    for text in texts:
-        if isinstance(text, Conversation):
-            yield render_chat(tokenizer, text.messages, add_generation_prompt=False)
-        else:
-            for words in _messages(text):
-                yield render_chat(tokenizer, [{"role": "user", "content": words}])
+    with chat_renderer(tokenizer) as render:
+        for text in texts:
+            if isinstance(text, Conversation):
+                yield render(text.messages, False)
+            else:
+                for words in _messages(text):
+                    yield render([{"role": "user", "content": words}], True)
 
 
 def _messages(text: str) -> Iterator[str]:

@@ -84,6 +84,10 @@ MetricsOption = Annotated[
     Path | None,
     typer.Option("--metrics", metavar="FILE", envvar="TUNDISH_METRICS", help="A Prometheus textfile to write, .prom."),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Where torch, if installed, computes a calibration: cuda, mps, cpu. Default: numpy."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 _UNPUBLISHED = "nothing was published"
@@ -129,6 +133,7 @@ def build(
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,
+    device: DeviceOption = None,
     sign_key: Annotated[
         Path | None,
         typer.Option("--sign-key", help="Sign with the Ed25519 key in this PEM file. Default: $TUNDISH_SIGNING_KEY."),
@@ -141,7 +146,7 @@ def build(
     from tundish import job
     from tundish.observe import build_titles, observing
 
-    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh, sign_key=sign_key)
+    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh, device=device, sign_key=sign_key)
     titles = build_titles(recipe, model)
     with figures_of_failed_gates(as_json), observing("build", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
@@ -201,13 +206,15 @@ def plan(
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a build would write and need: exact bytes a tensor, disk, peak memory and time. Builds nothing."""
     from tundish import job
 
+    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh, device=device)
     with people() as watching:
-        settled, made = job.plan_job(job.Choices(recipe, model, out, target or (), verify, threads, fresh), watching)
+        settled, made = job.plan_job(choices, watching)
     document = {
         "recipe": settled.name,
         "tensors": [

@@ -23,6 +23,7 @@ from time import perf_counter
 import numpy as np
 import psutil
 
+from converters.arrays import products
 from converters.checkpoint import TensorSource
 from converters.graph import Graph, Weight
 from converters.interpret import interpret
@@ -293,14 +294,13 @@ def _fit_seconds(graph: Graph, read: Reading) -> float:
     spent = []
     for _ in range(3):
         start = perf_counter()
-        sample.T @ sample
+        products().product(sample.T, sample)
         spent.append(perf_counter() - start)
-    # Of the model's inputs with themselves, and the floats'.
-    products = sum(2.0 * read.tokens * width**2 for width in widths)
+    flops = sum(2.0 * read.tokens * width**2 for width in widths)  # of inputs with themselves, and the floats'
     for weight in fitted.values():
         passes = _FIT_PASSES + (_STEP_PASSES * read.steps if weight.scheme.bits < 8 else 0)
-        products += passes * _elements(weight) * weight.shape[1]
-    return min(spent) * products / (sample.size * sample.shape[1])
+        flops += passes * _elements(weight) * weight.shape[1]
+    return min(spent) * flops / (sample.size * sample.shape[1])
 
 
 def _scale_seconds(graph: Graph) -> float:

@@ -56,6 +56,9 @@ def _is_mlx(folder: Path) -> bool:
 def _artifact_rows(target: Target, folder: Path) -> list[TensorRow]:
     exporter = EXPORTERS[target]
     require_modules(exporter)
+    odd = sorted(path.name for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
+    if odd:  # before a runtime opens it, which would wait for whoever writes to a pipe
+        raise ModelError("not a file, but a pipe or a device", where=str(folder / odd[0]))
     try:
         return list(exporter.tensors(folder))
     except TundishError:

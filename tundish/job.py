@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
+from converters.arrays import computing_by, products_on
 from converters.errors import GateError, ResourceError, UsageError
 from converters.source import (
     Source,
@@ -73,8 +74,9 @@ SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: Non
 @dataclass(frozen=True, slots=True)
 class Choices:
     """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: calibrate even if
-    that was done before; `revision`: of the model; `known`: its digests, if they were taken already; `sign_key`: a
-    private key in a PEM file, see tundish.signing."""
+    that was done before; `revision`: of the model; `known`: its digests, if they were taken already; `device`: of
+    torch's, for the products of a calibration, None: numpy computes them; `sign_key`: a private key in a PEM file, see
+    tundish.signing."""
 
     recipe: str
     model: str | None = None
@@ -85,6 +87,7 @@ class Choices:
     fresh: bool = False
     revision: str | None = None
     known: SourceDigests | None = None
+    device: str | None = None
     sign_key: Path | None = None
 
 
@@ -130,6 +133,11 @@ def plan_job(choices: Choices, watcher: Watcher = SILENT) -> tuple[Recipe, Plan]
     What this machine lacks for it is its `shortage`; the time is measured where there is none. A budget has the
     sensitivity of every matrix measured, which takes minutes, and is kept in the cache for the build.
     """
+    with computing_by(products_on(choices.device)):
+        return _plan(choices, watcher)
+
+
+def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     start = perf_counter()
     recipe = settle_recipe(choices)
     threads = choices.threads or cores()
@@ -180,6 +188,7 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     stamp = source_stamp(source.folder)
     files, licences = source_files(source.folder), licence_files(source.folder)
     with (
+        computing_by(products_on(choices.device)),
         blaming_changes(source.folder, stamp),
         in_use(source.folder),
         digesting_source(source.folder, stamp, choices.known) as inputs,

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from converters.arrays import products
 from converters.source import Source, source_files
 from exporters.base import Model
 from exporters.registry import EXPORTERS
@@ -53,6 +54,7 @@ def build_manifest(
         "recipe": portable.model_dump(mode="json", exclude_none=True),
         "recipe_digest": recipe_digest(portable),
         "calibration": None if calibration is None else dict(calibration),
+        "computed_by": products().name,
         "budget": plan.assignment and plan.assignment.as_dict(),
         "context_length": model.context_length,
         "libraries": _versions(recipe),

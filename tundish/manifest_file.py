@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from converters.errors import UsageError
+from converters.errors import ModelError, UsageError
+from converters.json_file import read_small
 from exporters.base import Target
 
 MANIFEST = "manifest.json"
@@ -20,6 +21,9 @@ PAPERS = frozenset({MANIFEST, REPORT, PROVENANCE, SIGNATURE})  # what lies besid
 # 1 had digests of whole matrices; 2 has them of their leaves (tundish.digest); 3 says nothing of the machine, and has
 # digests of what accompanies the artifacts
 FORMAT = 3
+
+
+_MAX_NBYTES = 1 << 24  # of tens of thousands of matrices, with their budget
 
 
 def _plain(name: str) -> str:
@@ -85,8 +89,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a build; UsageError if the folder holds none, or one that tundish did not write."""
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = read_small(path, _MAX_NBYTES).decode()
+    except (OSError, ValueError, ModelError) as error:
         raise UsageError(
             "not a folder that tundish built", where=str(folder), expected=f"a readable {MANIFEST}", found=str(error)
         ) from error

@@ -21,6 +21,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from converters.errors import UsageError
+from converters.json_file import regular_size
 
 # A recipe is a screen of text; these limits only stop files that are not recipes, or that expand without end.
 MAX_BYTES = 256 * 1024
@@ -222,10 +223,11 @@ def _circle(chain: list[File], back: Path) -> UsageError:
 
 def _read_text(path: Path, file: str, kind: str) -> str:
     try:
+        regular_size(path)
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the {kind}: {error.strerror}", where=file) from error
+        raise UsageError(f"cannot read the {kind}: {error.strerror or error}", where=file) from error
     if len(data) > MAX_BYTES:
         raise UsageError(f"not a {kind}", where=file, expected=f"at most {MAX_BYTES} bytes")
     try:

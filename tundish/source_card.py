@@ -10,8 +10,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from converters.checkpoint import path_inside
 from converters.errors import ModelError
+from converters.json_file import inside
 
 CARD = "README.md"
 _CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
@@ -34,8 +34,9 @@ class SourceCard:
 
 
 def read_source_card(folder: Path) -> SourceCard:
-    """Of the checkpoint in a folder; an empty one if it has no card, or one for people only."""
-    front = _front_matter(folder / CARD)
+    """Of the checkpoint in a folder; an empty one if it has no card, or one for people only. ModelError if the card is
+    a link out of the folder."""
+    front = _front_matter(folder)
     languages = front.get("language")
     return SourceCard(
         licence=_text(front.get("license")),
@@ -62,14 +63,15 @@ def licence_files(folder: Path) -> dict[str, bytes]:
                 found=f"{path.stat().st_size:,}",
                 mend="Move it out of the checkpoint's folder if it is something else.",
             )
-        found[path.name] = path_inside(folder, path.name).read_bytes()
+        found[path.name] = inside(folder, path.name).read_bytes()
     return found
 
 
-def _front_matter(card: Path) -> Mapping[str, Any]:
-    if not card.is_file():
+def _front_matter(folder: Path) -> Mapping[str, Any]:
+    if not (folder / CARD).is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")[:_CARD_LIMIT]
+    with inside(folder, CARD).open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_CARD_LIMIT)
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from converters.dataset import SUFFIXES
 from converters.errors import UsageError
+from converters.json_file import regular_size
 
 PART = 1 << 22  # characters of a text that are read at once
+MAX_LINE = 1 << 24  # characters of a row of .jsonl
+MAX_JSON = 1 << 25  # bytes of a .json: what is parsed at once takes up to thirty times that
 FIELDS = "a field text (a string) or messages (a list of role and content)"
 
 
@@ -61,6 +64,10 @@ def read_texts(path: Path) -> Iterator[Text]:
         numbered = ((number, line) for number, line in enumerate(_parts(path, lines=True), 1) if line.strip())
         return (_row(_parse(line, path, number), f"{path}, line {number}") for number, line in numbered)
     if path.suffix == ".json":
+        if (size := path.stat().st_size if path.is_file() else 0) > MAX_JSON:
+            mend = "Write it as .jsonl, a row a line."
+            expected = f"at most {MAX_JSON:,} bytes in one list"
+            raise UsageError("the text is too large", where=str(path), expected=expected, found=f"{size:,}", mend=mend)
         rows = _parse("".join(_parts(path)), path, 1)
         if not isinstance(rows, list):
             raise UsageError("no rows of text", where=str(path), expected="a list", found=type(rows).__name__)
@@ -71,8 +78,15 @@ def read_texts(path: Path) -> Iterator[Text]:
 def _parts(path: Path, lines: bool = False) -> Iterator[str]:
     """A file's contents, in lines or in parts of PART characters."""
     try:
+        regular_size(path)
         with path.open(encoding="utf-8") as file:
-            yield from file if lines else iter(lambda: file.read(PART), "")
+            if not lines:
+                yield from iter(lambda: file.read(PART), "")
+                return
+            for line in iter(lambda: file.readline(MAX_LINE + 1), ""):
+                if len(line) > MAX_LINE:
+                    raise UsageError("a line is too long", where=str(path), expected=f"at most {MAX_LINE:,} characters")
+                yield line
     except UnicodeDecodeError as error:
         raise UsageError(
             "the text is not UTF-8",
@@ -102,11 +116,12 @@ def _parquet(path: Path) -> Iterator[Text]:
             mend='Install the extra: pip install "tundish[datasets]"; or give .txt, .md or .jsonl.',
         ) from error
     try:
+        regular_size(path)
         table = parquet.ParquetFile(path)
         columns = [name for name in ("text", "messages") if name in table.schema_arrow.names]
         for batch in table.iter_batches(batch_size=256, columns=columns):
             yield from (_row(row, str(path)) for row in batch.to_pylist())
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UsageError("cannot read the text", where=str(path), found=str(error)) from error
 
 

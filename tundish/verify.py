@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as FastTokenizer
 
+from converters.arrays import NUMPY, computing_by
 from converters.config import RopeKind
 from converters.errors import ModelError, UsageError
 from converters.interpret import WeightRows, interpret
@@ -25,7 +25,7 @@ from converters.ops import OPS, Linear
 from converters.quantize.tensor import F32
 from converters.source import Source
 from converters.tokenizer import TokenType
-from converters.tokenizer_json import ensure_tokenizer_json
+from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Exporter, Model, Semantics, Target
 from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
@@ -100,7 +100,8 @@ def verify(
         folder = Path(scratch)
         if present:
             say("reference: the interpreter reads the held-out text in float32")
-            reference = make_reference(model, source, recipe, folder, threads)
+            with computing_by(NUMPY):  # wherever the calibration was computed
+                reference = make_reference(model, source, recipe, folder, threads)
         for target in present:
             say(f"{target}: opening in its runtime")
             result = results[target] = _verify_target(
@@ -162,7 +163,7 @@ def long_length(model: Model) -> int | None:
 
 def stream_of(model: Model, texts: Iterable[str]) -> NDArray[np.int64]:
     """Texts as one stream of token ids."""
-    fast = FastTokenizer.from_str(ensure_tokenizer_json(model.tokenizer))
+    fast = fast_tokenizer(model.tokenizer)
     fast.no_truncation()
     ids = [fast.encode(text, add_special_tokens=False).ids for text in texts]
     return np.array([token for text in ids for token in text], np.int64)

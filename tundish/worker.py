@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from converters.chat import render_chat
 from converters.passes.assign import with_schemes
 from converters.quantize.scheme import scheme_named
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.chat_renderer import chat_renderer
 from tundish.child import exit_with_parent
 from tundish.digest import digest_of
 from tundish.model import open_model
@@ -75,7 +75,8 @@ def run(request: Request) -> None:
     emit("logits")
     if model.tokenizer.chat_template is not None:
         # Here and not in the parent: a template is a program from the checkpoint, and this process has a time limit.
-        prompt = render_chat(model.tokenizer, [{"role": "user", "content": request.question}])
+        with chat_renderer(model.tokenizer) as render:
+            prompt = render([{"role": "user", "content": request.question}], True)
         emit("answer", **asdict(runtime.answer(prompt, request.max_tokens)))
     if request.long_sequences is not None:
         for index, ids in enumerate(np.load(request.long_sequences)):

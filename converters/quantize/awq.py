@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.arrays import products
 from converters.graph import Graph
 from converters.passes.fold import producer_of
 from converters.quantize.block import read_rows
@@ -82,7 +83,7 @@ def awq_scales(
 def output_error(weight: F32, quantized: F32, hessian: F32) -> float:
     """tr(E H E^T), E = quantized - weight f32[out, in]: the squared error of the outputs, summed, in units of H."""
     error = quantized - weight
-    return float(np.einsum("ij,ij->", error @ hessian, error, dtype=np.float64))
+    return float(np.einsum("ij,ij->", products().product(error, hessian), error, dtype=np.float64))
 
 
 def _round_trip(rows: F32, scale: F32, importance: F32, scheme: Scheme) -> F32:

@@ -20,6 +20,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.arrays import products
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
 from converters.ops import OPS, Add, Attention, Embedding, Linear, RmsNorm, Rows, SwiGlu
@@ -80,7 +81,7 @@ def _linear_costs(stored: Sequence[Rows], exact: Rows, x: F32, g: F32) -> NDArra
         values = exact[start:stop]
         fisher = np.zeros_like(values)
         for inputs, outputs in zip(x, g, strict=True):
-            fisher += np.square(outputs[:, start:stop].T @ inputs)
+            fisher += np.square(products().product(outputs[:, start:stop].T, inputs))
         totals += [np.vdot(fisher, np.square(each[start:stop] - values)) for each in stored]
     return totals
 
@@ -194,7 +195,7 @@ def _linear_back(graph: Graph, node: Node, x: F32, g: F32, see: Gradients) -> F3
         values = WeightRows(weight)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            out += flat[:, first + start : first + stop] @ values[start:stop]
+            out += products().product(flat[:, first + start : first + stop], values[start:stop])
         first += count
     return out.reshape(x.shape)
 

@@ -32,6 +32,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.arrays import products
 from converters.quantize.gptq_kernels import quantize_columns, sweep_columns
 from converters.quantize.half import to_fp16
 from converters.quantize.refinement import Refine
@@ -163,6 +164,7 @@ def factorize(matrix: NDArray[np.floating]) -> None:
 
     numpy's Cholesky factor is the lower one, and takes three times the memory. LinAlgError if A is not positive.
     """
+    multiply = products().product if matrix.dtype == np.float32 else np.matmul  # not every device has float64
     for stop in range(len(matrix), 0, -_PANEL):
         start = max(stop - _PANEL, 0)
         corner = matrix[start:stop, start:stop]
@@ -174,13 +176,13 @@ def factorize(matrix: NDArray[np.floating]) -> None:
         above[:] = above @ np.linalg.inv(root).T.astype(matrix.dtype)
         for begin in range(0, start, _UPDATE):
             end = min(begin + _UPDATE, start)
-            matrix[:end, begin:end] -= above[:end] @ above[begin:end].T
+            matrix[:end, begin:end] -= multiply(above[:end], above[begin:end].T)
 
 
 def _match(weight: F32, hessian: F32, cross: F32 | None, deficit: F32 | None, damp: F32) -> F32:
     """(W C + B + W D) (H + D)^-1, B the deficit and D the damping, which is on both sides, so that inputs that say
     nothing leave the weights alone. In float64, in the memory of two Hessians: numpy's `solve` would take five."""
-    wanted = weight @ (hessian if cross is None else cross)
+    wanted = products().product(weight, hessian if cross is None else cross)
     wanted += weight * damp
     if deficit is not None:
         wanted += deficit
@@ -216,7 +218,7 @@ def _quantize(state: _State, factor: F32) -> None:
     span = max(_SPAN // group, 1) * group
     for begin in range(0, width, span):
         end = min(begin + span, width)
-        carried = factor[:begin, begin:end].T @ error[:begin]
+        carried = products().product(factor[:begin, begin:end].T, error[:begin])
         for start in range(begin, end, group):
             whole = slice(start, start + group)
             taken = carried[start - begin : start - begin + group]
@@ -266,7 +268,7 @@ def _sweep(state: _State, hessian: F32, damp: F32) -> int:
     span = max(_SPAN // state.size, 1) * state.size
     for begin in range(0, width, span):
         end = min(begin + span, width)
-        gradient = hessian[begin:end] @ error
+        gradient = products().product(hessian[begin:end], error)
         for start in range(begin, end, state.size):
             block, later = slice(start, start + state.size), slice(start + state.size, end)
             before = error[block].copy()

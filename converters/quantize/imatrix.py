@@ -20,14 +20,17 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
+from gguf import GGUFValueType, GGUFWriter, Keys
 
 from converters.errors import TundishError, UsageError
+from converters.gguf_file import read_gguf
+from converters.json_file import regular_size
 from converters.quantize.tensor import F32
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 _TYPE = "imatrix"
 _I32 = struct.Struct("<i")
+_MAX_NBYTES = 1 << 28  # a model of 70 B has one of 25 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,18 @@ class ImportanceMatrix:
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """The file of either generation. UsageError if it is neither, is cut off, or holds what is no mean square."""
     try:
-        data = path.read_bytes()
-        matrix = _read_gguf(path) if data[:4] == b"GGUF" else _read_dat(data)
+        size = regular_size(path)
+        if size > _MAX_NBYTES:
+            raise ValueError(f"{size:,} bytes; at most {_MAX_NBYTES:,} are read")
+        with path.open("rb") as file:
+            magic = file.read(4)
+        matrix = _read_gguf(path) if magic == b"GGUF" else _read_dat(path.read_bytes())
     except TundishError:
         raise
     except OSError as error:
-        raise UsageError("cannot read the importance matrix", where=str(path), found=error.strerror) from error
-    except Exception as error:  # gguf-py's reader raises what it likes over a damaged file
+        found = error.strerror or str(error)
+        raise UsageError("cannot read the importance matrix", where=str(path), found=found) from error
+    except (ValueError, struct.error) as error:
         raise UsageError(
             "not an importance matrix of llama.cpp, or a damaged one",
             where=str(path),
@@ -137,32 +145,34 @@ def _text(text: str) -> bytes:
 
 
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    reader = GGUFReader(path)
-    kind = reader.get_field(Keys.General.TYPE)
-    if kind is None or kind.contents() != _TYPE:
+    file = read_gguf(path)
+    kind = file.fields.get(Keys.General.TYPE)
+    if kind != _TYPE:
         raise UsageError(
             "a GGUF file that is no importance matrix",
             where=str(path),
             expected=f"{Keys.General.TYPE} {_TYPE}",
-            found="no type" if kind is None else str(kind.contents()),
+            found="no type" if kind is None else str(kind),
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = {name.removesuffix(suffix) for name in tensors for suffix in (SUMS, COUNTS) if name.endswith(suffix)}
+    names = {name.removesuffix(suffix) for name in file.tensors for suffix in (SUMS, COUNTS) if name.endswith(suffix)}
     means: dict[str, F32] = {}
     for name in sorted(names):
-        absent = [name + suffix for suffix in (SUMS, COUNTS) if name + suffix not in tensors]
+        absent = [name + suffix for suffix in (SUMS, COUNTS) if name + suffix not in file.tensors]
         if absent:
             raise ValueError(f"has no {absent[0]}")
-        counts = np.array(tensors[name + COUNTS].data, np.float32).reshape(-1, 1)
-        sums = np.array(tensors[name + SUMS].data, np.float32).reshape(len(counts), -1)
+        counts = file.values(name + COUNTS).reshape(-1, 1)
+        sums = file.values(name + SUMS).reshape(_positive(len(counts), f"counts of {name}"), -1)
         # What never got any input counts 1 in each column, as for llama-quantize.
         means[name] = np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).reshape(-1)
     _positive(len(means), "entries")
-    chunks, size, datasets = (
-        None if field is None else field.contents()
-        for field in map(reader.get_field, (Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE, Keys.IMatrix.DATASETS))
-    )
-    return ImportanceMatrix(means, int(chunks or 0), size and int(size), tuple(map(str, datasets or ())))
+    chunks, size = (file.fields.get(key) for key in (Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE))
+    datasets = file.fields.get(Keys.IMatrix.DATASETS)
+    named = tuple(datasets) if isinstance(datasets, list) else ()
+    return ImportanceMatrix(means, _whole(chunks) or 0, _whole(size), named)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _write_gguf(path: Path, means: Mapping[str, F32], chunks: int, chunk_size: int, datasets: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.arrays import products
 from converters.graph import TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
 from converters.ops import Add, Embedding, Linear, Rows
@@ -190,7 +191,7 @@ class _Mean:
 
     def add(self, a: F32, b: F32) -> None:
         """More of their rows."""
-        product: F32 = a.T @ b
+        product = products().product(a.T, b)
         if self.sum is None:
             self.sum = product
         else:

@@ -10,12 +10,11 @@ from exporters.base import TensorRow
 
 def tensors(folder: Path) -> Iterator[TensorRow]:
     """A row a tensor of every .gguf file in the folder; shapes are [out, in], the reverse of GGUF's own order."""
-    from gguf import GGUFReader
+    from converters.gguf_file import read_gguf  # gguf takes a while to import
 
     for path in sorted(folder.glob("*.gguf")):
-        for tensor in GGUFReader(path).tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            yield TensorRow(path.name, tensor.name, tensor.tensor_type.name, shape, int(tensor.n_bytes))
+        for tensor in read_gguf(path).tensors.values():
+            yield TensorRow(path.name, tensor.name, tensor.type.name, tensor.shape, tensor.nbytes)
 
 
 def devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""A GGUF file back to canonical weights, through gguf-py's reader and dequantizer."""
+"""A GGUF file back to canonical weights, through gguf-py's dequantizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
 
 from converters.errors import GateError
+from converters.gguf_file import read_gguf
 from converters.graph import Graph
 from converters.quantize.tensor import F32
 from exporters.gguf.pack import interleaved_rows
@@ -18,15 +17,13 @@ from exporters.gguf.tensors import GgufTensor, gguf_tensors
 
 def read_weights(path: Path, graph: Graph) -> Iterator[tuple[str, F32]]:
     """(name, f32[out, in]) of every matrix of the graph. Memory-mapped: one tensor is in memory at a time."""
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    stored = read_gguf(path)
     for tensor in gguf_tensors(graph):
         if len(tensor.shape) != 2:
             continue
-        if tensor.name not in stored:
+        if tensor.name not in stored.tensors:
             raise GateError("a tensor is missing from the artifact", where=f"{path.name}, {tensor.name}")
-        found = stored[tensor.name]
-        rows = dequantize(found.data, found.tensor_type).reshape(tensor.shape)
-        yield from _split(tensor, rows)
+        yield from _split(tensor, stored.values(tensor.name).reshape(tensor.shape))
 
 
 def _split(tensor: GgufTensor, rows: F32) -> Iterator[tuple[str, F32]]:

@@ -37,10 +37,20 @@ def test_digests_are_taken_while_the_body_runs(files: list[Path]) -> None:
         assert digests.result() == {path: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
-def test_a_body_that_fails_does_not_wait_for_digests() -> None:
-    with pytest.raises(KeyboardInterrupt), digesting([Path("/dev/zero")]):
+def test_a_body_that_fails_does_not_wait_for_digests(tmp_path: Path) -> None:
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(1 << 42)  # hours of digesting, no byte of disk
+    with pytest.raises(KeyboardInterrupt), digesting([tmp_path / "hole"]):
         raise KeyboardInterrupt
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    """Opening a pipe would wait for its writer, and a device may never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in tmp_path / "pipe", Path("/dev/zero"), tmp_path:
+        with pytest.raises(ModelError, match="not a file, but a folder, a pipe or a device"):
+            sha256_of([path])
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

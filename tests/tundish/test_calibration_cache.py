@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters.errors import ResourceError
+from converters.errors import ResourceError, UsageError
 from converters.quantize.codes import CodeStore
 from converters.quantize.sequential import quantize_sequentially
 from converters.quantize.tensor import QuantTensor
@@ -262,3 +262,24 @@ def test_the_plan_says_what_is_cached(checkpoint: Path, tmp_path: Path, monkeypa
     assert not plan_job(replace(choices, fresh=True))[1].cached
     write_recipe(recipe, checkpoint, **(KEYS | {"calibration": TEXT | {"seed": 9}}))
     assert not plan_job(choices)[1].cached
+
+
+def test_a_calibration_computed_elsewhere_is_another(
+    checkpoint: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--device cpu has torch compute the calibration; the build passes its gates, the manifest says who computed."""
+    answer = {"prompt": "Hello", "max_tokens": 4}
+    gates = {"kl": 5, "top1": 0, "stops": False}
+    verify = {"text": {"sequences": 1, "length": 64}, "answer": answer, "gates": gates}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, **KEYS, verify=verify)
+    built(tmp_path, checkpoint, "numpy")
+    manifest = build(Choices(str(recipe), out=tmp_path / "out", device="cpu"), QUIET)
+    assert len(fits) == len(calibration_folders()) == 2
+    assert read_manifest(tmp_path / "numpy")["computed_by"] == "numpy"
+    assert manifest["computed_by"].startswith("torch ") and manifest["computed_by"].endswith(" cpu")
+    assert all(entry["passed"] for entry in manifest["verification"].values())
+    build(Choices(str(recipe), out=tmp_path / "again", device="cpu", verify=False), QUIET)
+    assert len(fits) == 2 and contents(tmp_path / "again" / "gguf") == contents(tmp_path / "out" / "gguf")
+    assert plan_job(Choices(str(recipe), device="cpu", verify=False))[1].cached
+    with pytest.raises(UsageError, match="torch cannot compute"):
+        build(Choices(str(recipe), out=tmp_path / "none", device="meta"), QUIET)

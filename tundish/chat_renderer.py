@@ -1,0 +1,102 @@
+"""Chat templates of strangers, rendered in a process that has limits: a template is a program, and may never end.
+
+The sandbox of converters.chat keeps a template from Python's objects. It does not keep it from looping, or from making
+a text of gigabytes. One line of JSON goes to the child for each conversation, one comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import psutil
+
+from converters.chat import render, template_variables
+from converters.errors import ModelError
+from converters.tokenizer import Tokenizer
+
+SECONDS = 5  # for one conversation
+MEMORY = 1 << 29  # bytes, on top of what the process has when it begins
+
+Render = Callable[[Sequence[Mapping[str, object]], bool], str]
+"""Messages with "role" and "content", and whether the prompt for an answer follows -> the prompt."""
+
+
+@contextmanager
+def chat_renderer(tokenizer: Tokenizer) -> Iterator[Render]:
+    """What converters.chat.render_chat does, within SECONDS and MEMORY; ModelError says if a template passes them."""
+    template, variables = template_variables(tokenizer)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "tundish.chat_renderer"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _ask(process, [template, variables, SECONDS, MEMORY])
+            yield lambda messages, prompt: _answer(_ask(process, [messages, prompt]))
+        finally:
+            process.kill()
+
+
+def _ask(process: subprocess.Popen[str], question: object) -> object:
+    assert process.stdin is not None and process.stdout is not None
+    timer = threading.Timer(SECONDS * 4, process.kill)  # the child has its own limit, where the system has an alarm
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(question, default=str) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        timer.cancel()
+    if not line:
+        raise ModelError(
+            "the chat template takes too long or too much memory",
+            where="chat_template",
+            expected=f"a prompt within {SECONDS} s and {MEMORY >> 20} MiB",
+            mend="The template comes with the model: see whether a newer revision of it has another one.",
+        )
+    return json.loads(line)
+
+
+def _answer(answer: object) -> str:
+    if isinstance(answer, str):
+        return answer
+    assert isinstance(answer, dict)
+    what = str(answer.pop("what"))
+    raise ModelError(what, **answer)
+
+
+def _serve() -> None:
+    """For the child: the first line says what to render by, and within what."""
+    template, variables, seconds, memory = json.loads(sys.stdin.readline())
+    if sys.platform != "win32":
+        import resource
+
+        most = psutil.Process().memory_info().vms + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    print("0", flush=True)
+    for line in sys.stdin:
+        messages, prompt = json.loads(line)
+        if hasattr(signal, "alarm"):
+            signal.alarm(seconds)  # which nobody handles: it ends the process
+        try:
+            answer: object = render(template, variables, messages, prompt)
+        except ModelError as error:
+            answer = {name: getattr(error, name) for name in ("what", "where", "expected", "found", "mend")}
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
