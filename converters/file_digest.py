@@ -27,6 +27,10 @@ class Digests:
     def __init__(self, paths: Iterable[Path], pool: ThreadPoolExecutor, stop: Event) -> None:
         self._digests = {path: pool.submit(_sha256, path, stop) for path in _largest_first(paths)}
 
+    def done(self) -> bool:
+        """Whether all are taken, so that `result` need not wait."""
+        return all(digest.done() for digest in self._digests.values())
+
     def result(self) -> dict[Path, str]:
         """Of each file, in hex, when all are done. ModelError if one cannot be read."""
         return {path: digest.result() for path, digest in self._digests.items()}

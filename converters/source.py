@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.checkpoint import open_checkpoint
 from converters.config_keys import shown
 from converters.errors import ModelError, TundishError, UsageError
-from converters.file_digest import digesting, sha256_of
+from converters.file_digest import Digests, digesting, sha256_of
 
 CONFIG = "config.json"
 
@@ -83,26 +83,41 @@ class SourceDigests:
     sha256: Mapping[str, str]
 
 
-@contextmanager
-def digesting_source(
-    folder: Path, stamp: Stamp, known: SourceDigests | None = None
-) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Take the digests of source_files while the body runs, unless they are known of files with this very stamp.
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Digests that need not be taken, as Digests has them."""
 
-    What is yielded waits for them, and gives them by path, in hex.
-    """
+    sha256: Mapping[Path, str]
+
+    def done(self) -> bool:
+        """They are."""
+        return True
+
+    def result(self) -> dict[Path, str]:
+        """Of each file, in hex."""
+        return dict(self.sha256)
+
+
+@contextmanager
+def digesting_source(folder: Path, stamp: Stamp, known: SourceDigests | None = None) -> Iterator[Digests | Known]:
+    """Take the digests of source_files while the body runs, unless they are known of files with this very stamp."""
     files = source_files(folder)
     if known is not None and known.stamp == stamp:
-        yield lambda: {path: known.sha256[name] for name, path in files.items()}
+        yield Known({path: known.sha256[name] for name, path in files.items()})
         return
     with digesting(files.values()) as digests:
-        yield digests.result
+        yield digests
 
 
 def source_stamp(folder: Path) -> Stamp:
     """What the file system says of each of source_files: bytes, nanosecond of the last writing, which file it is, and
     nanosecond of the last change of either its contents or these, which no program can set back."""
-    states = {name: path.stat() for name, path in source_files(folder).items()}
+    return file_stamp(source_files(folder))
+
+
+def file_stamp(files: Mapping[str, Path]) -> Stamp:
+    """The same of files by name; one that is gone has none."""
+    states = {name: path.stat() for name, path in files.items() if path.exists()}
     return {name: (state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns) for name, state in states.items()}
 
 

@@ -19,17 +19,19 @@ _WORTH_IT = 16 * PAGE  # below that, a transfer of its own costs more than a cop
 
 
 class BigFileWriter:
-    """A new file of exactly `nbytes`, its space reserved. Threads may write to it at the same time, every byte once.
+    """A file of exactly `nbytes`, its space reserved. Threads may write to it at the same time, every byte once.
 
+    It is a new one, or with `again` one that an earlier writer left, from which what is as it should be may be kept.
     Data handed to `write` must stay as it is until the file is closed. Whole pages go straight to the disk; the few
     bytes before the first and after the last page of a write, which a neighbour shares, go through the cache.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    def __init__(self, path: Path, nbytes: int, again: bool = False) -> None:
+        self._file = os.open(path, os.O_RDWR | (os.O_NOFOLLOW if again else os.O_CREAT | os.O_EXCL), 0o644)
         self._direct = -1
         self._path = path
         self._nbytes = nbytes
+        self._again = again
         self._digest = hashlib.sha256()
         self._hashed = 0  # bytes from the start
         self._early: dict[int, memoryview | int] = {}  # written beyond: the data or only how much, by offset
@@ -37,6 +39,8 @@ class BigFileWriter:
         self._lock = Lock()  # of the three above and the next
         self._hashing = False
         try:
+            if again:
+                os.ftruncate(self._file, nbytes)
             if nbytes:
                 os.posix_fallocate(self._file, 0, nbytes)
             self._direct = open_direct(path, os.O_WRONLY)
@@ -51,8 +55,20 @@ class BigFileWriter:
             self._hash(data, offset)
 
     def leave(self, nbytes: int, offset: int) -> None:
-        """Nothing will be written there: these bytes stay zeros."""
+        """Nothing will be written there: these bytes are zeros."""
+        if self._again:
+            for start in range(offset, offset + nbytes, CHUNK):
+                _write_all(self._file, memoryview(bytes(min(CHUNK, offset + nbytes - start))), start)
         self._hash(nbytes, offset)
+
+    def read(self, nbytes: int, offset: int) -> memoryview:
+        """What is in the file."""
+        return memoryview(_read_all(self._file, nbytes, offset))
+
+    def keep(self, data: memoryview, offset: int) -> None:
+        """These bytes, which were read at the offset, stay."""
+        if data:
+            self._hash(data, offset)
 
     def sha256(self) -> str:
         """Of the whole file, in hex. Every byte must have been written, or left. OSError if its name is gone."""

@@ -52,8 +52,8 @@ Record = Mapping[str, str | int]
 class Calibrated:
     """What quantizing needs to know: importance f32[in] by weight name, and matrices that are quantized already.
 
-    `graph` is what is quantized: the model's, or one that computes the same with columns scaled. `record` is what the
-    manifest says of it; None without calibration.
+    `graph` is what is quantized: the model's, or one that computes the same with columns scaled by `scales`. `record`
+    is what the manifest says of it; None without calibration.
     """
 
     graph: Graph
@@ -61,6 +61,7 @@ class Calibrated:
     codes: CodeStore | None = None
     record: Record | None = None
     rounding: Rounding = quantize_rtn
+    scales: Mapping[str, F32] = field(default_factory=dict)
 
     def quantize(self, weight: Weight, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a weight under its scheme. ModelError as converters.quantize.block.quantize_rows."""
@@ -222,13 +223,14 @@ def calibrate(
     if text is not None:
         findings = keep(partial(_read_text, model, recipe, text, say, start, advance))
         graph = fold_scales(model.graph, findings.scales) if findings.scales else model.graph
-        return Calibrated(graph, findings.importance, findings.codes, _text_record(recipe, text, findings), rounding)
+        record = _text_record(recipe, text, findings)
+        return Calibrated(graph, findings.importance, findings.codes, record, rounding, findings.scales)
     match calibration.source:
         case CalibrationSource.IMATRIX:
             return replace(_calibrate_by_matrix(model, Path(calibration.file or ""), say), rounding=rounding)
         case _:
             say(f"calibrating: the model reads {read.tokens} random tokens")
-            record: Record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
+            record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
             importance = random_token_importance(model.graph, read.tokens, calibration.seed)
             return Calibrated(model.graph, importance, None, record, rounding)
 

@@ -132,7 +132,12 @@ def build(
     target: TargetOption = None,
     verify: VerifyOption = True,
     threads: ThreadsOption = None,
-    fresh: FreshOption = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Take over what earlier builds found out, and what a killed one had done, or not."
+        ),
+    ] = True,
     device: DeviceOption = None,
     sign_key: Annotated[
         Path | None,
@@ -146,7 +151,9 @@ def build(
     from tundish import job
     from tundish.observe import build_titles, observing
 
-    choices = job.Choices(recipe, model, out, target or (), verify, threads, fresh, device=device, sign_key=sign_key)
+    choices = job.Choices(
+        recipe, model, out, target or (), verify, threads, fresh=not resume, device=device, sign_key=sign_key
+    )
     titles = build_titles(recipe, model)
     with figures_of_failed_gates(as_json), observing("build", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:

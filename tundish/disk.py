@@ -30,6 +30,19 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def naming_need(nbytes: int) -> Iterator[None]:
+    """Say with a full disk below how many bytes the build takes: what was free when it began, something else took."""
+    try:
+        yield
+    except ResourceError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        parts = {"where": error.where, "expected": f"{nbytes:,} bytes for the whole build", "mend": error.mend}
+        raise ResourceError(error.what, **parts) from cause
+
+
+@contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
     """The same where `folder`, which is in the cache, is written to."""
     try:

@@ -20,6 +20,7 @@ from converters.source import (
     Stamp,
     blaming_changes,
     digesting_source,
+    file_stamp,
     require_unchanged,
     resolve_source,
     source_digest,
@@ -28,22 +29,34 @@ from converters.source import (
 )
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.blas import fixed_blas
 from tundish.cache import cache_disk, in_use
 from tundish.calibrate import NOTHING, calibrate, calibration_text, check_calibration, is_calibrated, reading
 from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
 from tundish.cost_cache import CostMemory
-from tundish.disk import disk_errors
+from tundish.disk import disk_errors, naming_need
 from tundish.estimate import estimate_time
+from tundish.holding import holding
 from tundish.integrity import Signature, require_intact
+from tundish.journal import has_journal
 from tundish.manifest import build_manifest, verification_record
 from tundish.manifest_file import write_manifest
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.papers import write_licences, write_papers
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import pour
-from tundish.publish import publish, reclaim, reject, require_replaceable, staging
+from tundish.publish import left_by_killed, publish, reject, require_replaceable, restore
 from tundish.recipe import Recipe, line_of, load_recipe, recipe_digest
 from tundish.recipe_errors import MisfitError
+from tundish.resume import (
+    bytes_in,
+    calibration_digest,
+    content_key,
+    still_verified,
+    taken_over,
+    unfinished,
+    verified_record,
+)
 from tundish.settle import settle_schemes, with_recorded_schemes
 from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
@@ -73,10 +86,10 @@ SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: Non
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: calibrate even if
-    that was done before; `revision`: of the model; `known`: its digests, if they were taken already; `device`: of
-    torch's, for the products of a calibration, None: numpy computes them; `sign_key`: a private key in a PEM file, see
-    tundish.signing."""
+    """What the command line settles on top of the recipe. `threads` None: as many as cores; `fresh`: take nothing over
+    from earlier builds, be it a calibration or what a killed one had done; `revision`: of the model; `known`: its
+    digests, if they were taken already; `device`: of torch's, for the products of a calibration, None: numpy computes
+    them; `sign_key`: a private key in a PEM file, see tundish.signing."""
 
     recipe: str
     model: str | None = None
@@ -144,7 +157,8 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     source = settle_source(choices, recipe)
     checkpoint = cache(partial(source_digest, source.folder, threads))
     memory = CostMemory(checkpoint, choices.fresh, watcher.say)
-    model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
+    with fixed_blas():
+        model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
     plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
     prepare = perf_counter() - start - plan.compiling - memory.seconds  # these once: the next build finds them
     out = output(choices, recipe)
@@ -174,19 +188,33 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
 
     Artifacts are written beside `out` and renamed to it at the very end. A build that fails its gates is moved to
     `<out>.rejected` for a look, and GateError is raised; `out` stays as it was. It does so too if somebody else put
-    something there meanwhile: UsageError then names the folder in which the build is.
+    something there meanwhile: UsageError then names the folder in which the build is. While another process builds into
+    `out`, this one waits.
+
+    What a killed build of the same content has done is taken over, by content digest (tundish.resume), unless the build
+    is to be fresh.
     """
-    threads = choices.threads or cores()
     recipe = settle_recipe(choices)
     signer = load_signer(choices.sign_key)
     out = output(choices, recipe)
-    require_replaceable(out, recipe.targets)
-    require_replaceable(rejected_name(out), Target)
-    reclaim(out, watcher.say)
+    with holding(out, watcher.say):
+        restore(out, watcher.say)
+        require_replaceable(out, recipe.targets)
+        require_replaceable(rejected_name(out), Target)
+        with left_by_killed(out, watcher.say, lambda folder: not choices.fresh and has_journal(folder)) as left:
+            return _build(choices, recipe, out, left, signer, watcher)
+
+
+def _build(
+    choices: Choices, recipe: Recipe, out: Path, left: Path | None, signer: Signer | None, watcher: Watcher
+) -> dict[str, Any]:
+    """Build into `out`, which this process holds, and go on with what is `left` of the same build."""
+    threads = choices.threads or cores()
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
-    stamp = source_stamp(source.folder)
-    files, licences = source_files(source.folder), licence_files(source.folder)
+    stamp, licences = source_stamp(source.folder), licence_files(source.folder)
+    files = source_files(source.folder)
+    read = file_stamp(files)
     with (
         computing_by(products_on(choices.device)),
         blaming_changes(source.folder, stamp),
@@ -194,37 +222,66 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
         digesting_source(source.folder, stamp, choices.known) as inputs,
     ):
 
-        def checkpoint() -> dict[str, str]:
-            sha256 = inputs()
+        def digests() -> dict[str, str]:
+            sha256 = inputs.result()
             return {name: sha256[path] for name, path in files.items()}
 
-        memory = CostMemory(checkpoint, choices.fresh, watcher.say)
-        model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
+        memory = CostMemory(digests, choices.fresh, watcher.say)
+        with fixed_blas():
+            opened = open_model(source, recipe)
+            model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
         watcher.say("planning; kernels that were never used here are compiled")
         plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
         text = calibration_text(model, recipe, watcher.say)
-        key = None if text is None else key_of(model, recipe, text, checkpoint())
+        key = None if text is None else key_of(model, recipe, text, digests())
         with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
             plan = plan if keeper.found is None else plan.with_cached_calibration()
-            shortage = shortage_of(plan, out, cache_disk())
+            shortage = shortage_of(replace(plan, disk=plan.disk - bytes_in(left)), out, cache_disk())
             if shortage is not None:
                 raise shortage
-            with staging(out) as folder:
+            with fixed_blas():
                 calibrated = calibrate(model, recipe, text, keeper.keep, watcher.say, watcher.start, watcher.advance)
+            learned = calibration_digest(calibrated, threads)
+
+            @cache
+            def content() -> str:
+                return content_key(source, digests(), model, recipe, plan.layouts, learned)
+
+            def known() -> bool:
+                return inputs.done() and file_stamp(files) == read
+
+            with unfinished(out, left, content, known, watcher.say) as (folder, journal):
                 watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
-                poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads)
-                require_unchanged(source.folder, stamp)
-                manifest = build_manifest(source, inputs(), model, recipe, plan, poured, calibrated.record)
-                require_unchanged(source.folder, stamp)
-                with disk_errors(out):
-                    write_licences(folder, manifest, licences)
-                    write_manifest(folder, manifest)
-                _note_source(source, manifest["source"]["files"], watcher)
-                results = None
-                if choices.verify and recipe.verify.enabled:
-                    results = verify(model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say)
+                with naming_need(plan.disk):
+                    poured = pour(
+                        calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads, journal
+                    )
                     require_unchanged(source.folder, stamp)
-                _record(manifest, results, folder, out, signer)
+                    manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
+                    require_unchanged(source.folder, stamp)
+                    with disk_errors(out):
+                        journal.write()
+                        write_licences(folder, manifest, licences)
+                        write_manifest(folder, manifest)
+                _note_source(source, manifest["source"]["files"], watcher)
+                verified, results = choices.verify and recipe.verify.enabled, None
+                passed = still_verified(journal.verified if verified else {}, manifest["targets"], EXPORTERS)
+                if poured.kept:
+                    watcher.say(taken_over(poured, passed))
+                if verified:
+
+                    def note(result: TargetResult) -> None:
+                        with disk_errors(out), naming_need(plan.disk):
+                            files = manifest["targets"][result.target]["files"]
+                            journal.add_verified(result.target, verified_record(result, files))
+
+                    results = verify(
+                        model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say, passed, note
+                    )
+                    require_unchanged(source.folder, stamp)
+                with naming_need(plan.disk):
+                    _record(manifest, results, folder, out, signer)
+                journal.remove()
                 require_gates(manifest, results, folder, out)
                 with deferred_signals():  # nobody shall be told of an interruption that nothing was published
                     publish(folder, out, recipe.targets)
@@ -302,7 +359,13 @@ def verify_again(
 
     Updates its manifest, report and cards, unless it is signed: what somebody put a name to stays as it is.
     """
-    count = threads or cores()
+    held = folder.resolve()
+    with holding(held, watcher.say):
+        restore(held, watcher.say)
+        return _verify_again(folder, model, threads or cores(), watcher, key)
+
+
+def _verify_again(folder: Path, model: str | None, count: int, watcher: Watcher, key: Path | None) -> dict[str, Any]:
     intact = require_intact(folder, count, key)
     watcher.say(intact.signature.value)
     manifest = intact.manifest
@@ -340,11 +403,16 @@ def recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
 
 
 def recorded_source(record: dict[str, Any], model: str | None, threads: int) -> tuple[Source, Stamp]:
-    """The checkpoint the manifest names, or --model; its files must be the recorded ones. And its stamp before."""
+    """The checkpoint of the manifest, or --model; its files must be the recorded ones. And its stamp before.
+
+    UsageError if it is a local one and no build remembers where it was.
+    """
     if model is not None:
         source = find_source(model, None)
     elif record["repo_id"]:
         source = resolve_source(record["repo_id"], record["revision"])
+    elif record["name"] == SAMPLE:
+        source = find_source(SAMPLE, None)
     else:
         source = find_source(str(recall(record["files"]) or _only_sample(record["name"])), None)
     stamp = source_stamp(source.folder)

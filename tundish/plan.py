@@ -30,10 +30,11 @@ from tundish.calibration_memory import (
     interpreter_bytes,
     scratch_bytes,
 )
+from tundish.digest import LEAF_ROWS
 from tundish.disk import disk_errors
 from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
-from tundish.pour import BLOCKS_AHEAD, row_blocks
+from tundish.pour import BLOCK_ELEMENTS, BLOCKS_AHEAD, row_blocks
 from tundish.recipe import Recipe
 from tundish.verify import LONG_TAIL, evaluation_shape, long_length
 
@@ -48,6 +49,7 @@ _FLOAT_BLOCK = 16
 _ARRAY_HEADER = 128  # bytes of a .npy file's
 _LIVE_LOGITS = 5  # float64 arrays while ROWS positions are compared
 _SLACK = 16 << 20  # what the allocator keeps of the memory that arrays had
+_JOURNAL_LINE = 256  # bytes of a line of the journal, without the digests of rows
 _MANIFEST_BYTES = 1 << 20  # manifest.json and report.md, generously
 
 
@@ -119,7 +121,8 @@ def make_plan(
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
     kept, scratch = _kept_bytes(graph, read), scratch_bytes(graph, read)
-    disk = max(sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES, scratch) + kept
+    written = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + _journal_bytes(graph)
+    disk = max(written, scratch) + kept
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
@@ -162,6 +165,13 @@ def _block_bytes(weight: Weight, layouts: Mapping[Target, Layout]) -> int:
     kinds = {NumberType.INT: _INTEGER_BLOCK, NumberType.GGML: _GGML_BLOCK}
     row = math.prod(weight.shape[1:]) * kinds.get(weight.scheme.type, _FLOAT_BLOCK)
     return (stop - start) * (row + BLOCKS_AHEAD * sum(place.row_nbytes for place in places))
+
+
+def _journal_bytes(graph: Graph) -> int:
+    """Of tundish.journal at most: the digests of rows, and a line a block."""
+    rows = sum(weight.shape[0] for weight in graph.weights.values())
+    elements = sum(math.prod(weight.shape) for weight in graph.weights.values())
+    return rows // LEAF_ROWS * 32 + (2 * elements // BLOCK_ELEMENTS + len(graph.weights)) * _JOURNAL_LINE
 
 
 def _kept_bytes(graph: Graph, read: Reading) -> int:

@@ -4,6 +4,9 @@ A pool of threads takes blocks of rows in the order of execution, which is that 
 block, quantizes it and packs it for every container; as many others write the results to their places, which the
 layouts fixed beforehand, and hash the files as they grow. Reading, computing and writing overlap, and what is in memory
 is a few blocks a thread, however large the model is.
+
+With a journal (tundish.journal), blocks that an earlier pour into the same folder has finished are read and hashed
+instead, and stay where they are if their bytes have the digest in the journal.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from converters.graph import Graph, Weight
 from converters.quantize.block import dequantize, quantize_rows
@@ -26,6 +30,8 @@ from exporters.base import Layout, Place, Target
 from tundish.big_file import BigFileWriter
 from tundish.digest import LEAF_ROWS, leaf_digests, matrix_digest
 from tundish.disk import disk_errors
+from tundish.journal import JOURNAL, Done, Journal
+from tundish.publish import files_in
 
 BLOCK_ELEMENTS = 1 << 20  # bounds the memory of a pour; larger than what a block costs in calls, smaller than caches
 # Rows of a block are a multiple of this, however wide they are: kernels take rows together (rtn_search.LANES).
@@ -34,17 +40,22 @@ assert BLOCK_ROWS % LEAF_ROWS == 0
 BLOCKS_AHEAD = 3  # blocks a thread that are being packed or are packed and not yet written
 
 Block = tuple[Weight, int, int]  # rows [start, stop) of a weight
-Packed = tuple[bytes, list[Future[None]]]  # digests of a block's leaves, and its writes
+Packed = tuple[Done, list[Future[None]]]  # a block's digests, and its writes
 Quantize = Callable[[Weight, int, int], Tensor]  # rows [start, stop) of a weight under its scheme
 Write = Callable[[Target, Place, int, U8], None]  # of packed rows, the first of which is that row of the weight
 
 
 @dataclass(frozen=True, slots=True)
 class Poured:
-    """Digests in hex: of each matrix's canonical values, and SHA-256 of each file of each target, by name."""
+    """Digests in hex: of each matrix's canonical values, and SHA-256 of each file of each target, by name.
+
+    `kept` of the `blocks` had been there before.
+    """
 
     matrices: Mapping[str, str]
     files: Mapping[Target, Mapping[str, str]]
+    kept: int = 0
+    blocks: int = 0
 
 
 def pour(
@@ -54,6 +65,7 @@ def pour(
     advance: Callable[[int], None] = lambda elements: None,
     quantize: Quantize = quantize_rows,
     threads: int = 1,
+    journal: Journal | None = None,
 ) -> Poured:
     """Write every artifact into folder/<target> and return its digests.
 
@@ -61,9 +73,13 @@ def pour(
     of elements done. `quantize` gives the same rows whenever it is asked. The first error stops every thread.
     """
     leaves: dict[str, list[bytes]] = {}
+    known = journal.blocks if journal else {}
+    blocks = kept = 0
     with disk_errors(folder), ExitStack() as stack:
+        if known:
+            _remove_strangers(folder, layouts)
         files = {
-            (target, name): stack.enter_context(_create(folder / target / name, layout, name, graph))
+            (target, name): stack.enter_context(_open(folder / target / name, layout, name, graph, bool(known)))
             for target, layout in layouts.items()
             for name in layout.big
         }
@@ -71,27 +87,39 @@ def pour(
         packers = stack.enter_context(_pool(threads, "pack"))  # at the end, these stop before what they submit to
 
         def work(block: Block) -> Packed:
+            weight, start, stop = block
+            found = known.get((weight.name, start, stop))
+            if found and _keep(block, found.packed, layouts, files):
+                return found, []
             writes: list[Future[None]] = []
+            digest = xxhash.xxh3_128()
 
             def write(target: Target, place: Place, start: int, packed: U8) -> None:
+                if journal:
+                    digest.update(packed.data)
                 offset = place.offset + start * place.row_nbytes
                 writes.append(writers.submit(files[target, place.file].write, packed.data, offset))
 
-            return pour_block(block, layouts, quantize, write), writes
+            digests = pour_block(block, layouts, quantize, write)
+            return Done(digest.hexdigest(), digests), writes
 
-        def finish(packed: Future[Packed]) -> bytes:
-            digests, writes = packed.result()
+        def finish(packed: Future[Packed]) -> Done:
+            done, writes = packed.result()
             for write in writes:
                 write.result()
-            return digests
+            return done
 
         def submit(block: Block) -> Future[Packed]:
             return packers.submit(work, block)
 
-        for (weight, start, stop), digests in _in_order(
-            submit, finish, _blocks(graph, layouts), BLOCKS_AHEAD * threads
-        ):
-            leaves.setdefault(weight.name, []).append(digests)
+        for (weight, start, stop), done in _in_order(submit, finish, _blocks(graph, layouts), BLOCKS_AHEAD * threads):
+            blocks += 1
+            rows = weight.name, start, stop
+            if known.get(rows) is done:
+                kept += 1
+            elif journal:
+                journal.add_block(rows, done)
+            leaves.setdefault(weight.name, []).append(done.leaves)
             advance((stop - start) * math.prod(weight.shape[1:]))
         for target, layout in layouts.items():
             for name, data in layout.small.items():
@@ -104,7 +132,7 @@ def pour(
             for target, layout in layouts.items()
         }
     matrices = {name: matrix_digest(parts) for name, parts in leaves.items() if len(graph.weights[name].shape) > 1}
-    return Poured(matrices, sha256)
+    return Poured(matrices, sha256, kept, blocks)
 
 
 def _blocks(graph: Graph, layouts: Mapping[Target, Layout]) -> Iterator[Block]:
@@ -130,10 +158,10 @@ def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 def _in_order(
     submit: Callable[[Block], Future[Packed]],
-    finish: Callable[[Future[Packed]], bytes],
+    finish: Callable[[Future[Packed]], Done],
     blocks: Iterable[Block],
     ahead: int,
-) -> Iterator[tuple[Block, bytes]]:
+) -> Iterator[tuple[Block, Done]]:
     """Submit blocks, at most `ahead` of them at a time, and yield what finishing each one returns, in order."""
     submitted: deque[tuple[Block, Future[Packed]]] = deque()
     for block in blocks:
@@ -165,11 +193,40 @@ def row_blocks(weight: Weight, places: Iterable[Place]) -> Iterator[tuple[int, i
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _keep(
+    block: Block, digest: str, layouts: Mapping[Target, Layout], files: Mapping[tuple[Target, str], BigFileWriter]
+) -> bool:
+    """Keep a block that is in its places with that digest; False, and nothing is kept, if something else is there."""
+    weight, start, stop = block
+    found = []
+    for target, layout in layouts.items():
+        for place in layout.places[weight.name]:
+            file, offset = files[target, place.file], place.offset + start * place.row_nbytes
+            found.append((file, file.read((stop - start) * place.row_nbytes, offset), offset))
+    there = xxhash.xxh3_128()
+    for _, data, _ in found:
+        there.update(data)
+    if there.hexdigest() != digest:
+        return False
+    for file, data, offset in found:
+        file.keep(data, offset)
+    return True
+
+
+def _remove_strangers(folder: Path, layouts: Mapping[Target, Layout]) -> None:
+    """Remove what is not to be written into, links above all; small files are written anew in any case."""
+    big = {f"{target}/{name}" for target, layout in layouts.items() for name in layout.big}
+    for name in files_in(folder) - {JOURNAL}:
+        path = folder / name
+        if name not in big or path.is_symlink() or path.stat().st_nlink > 1:
+            path.unlink()
+
+
 @contextmanager
-def _create(path: Path, layout: Layout, name: str, graph: Graph) -> Iterator[BigFileWriter]:
-    """A new file with its space reserved and the fixed parts written."""
+def _open(path: Path, layout: Layout, name: str, graph: Graph, again: bool) -> Iterator[BigFileWriter]:
+    """A file with its space reserved and the fixed parts written: a new one, or what an earlier pour left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = BigFileWriter(path, layout.big[name].nbytes)
+    file = BigFileWriter(path, layout.big[name].nbytes, again and path.exists())
     try:
         for start, stop in _gaps(layout, name, graph):
             file.leave(stop - start, start)

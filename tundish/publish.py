@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import os
 import platform
@@ -12,19 +13,21 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import UsageError
 from exporters.base import Target
 from tundish.disk import disk_errors
+from tundish.exchange import exchange, is_local
+from tundish.journal import JOURNAL
 from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, read_manifest
 from tundish.signals import deferred_signals
 
 if sys.platform != "win32":
     import fcntl
 
-_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # locks of a network disk may hold on one machine only
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
@@ -88,26 +91,58 @@ def _written(manifest: Path) -> set[str]:
 
 
 @contextmanager
-def staging(out: Path, errors: Callable[[Path], AbstractContextManager[None]] = disk_errors) -> Iterator[Path]:
-    """A new folder beside `out`, on the same file system. It is removed at the end if it is still there.
+def staging(
+    out: Path,
+    errors: Callable[[Path], AbstractContextManager[None]] = disk_errors,
+    left: Path | None = None,
+    worth_keeping: Callable[[Path], bool] = lambda folder: False,
+) -> Iterator[Path]:
+    """A new folder beside `out`, on the same file system, or the one that `reclaim` found to be `left`.
 
-    `errors` turns an OSError into what users are told.
-    It is locked for as long as this process lives, so that `reclaim` can tell whose it is.
+    It is locked for as long as this process lives, so that `reclaim` can tell whose it is. It is removed at the end if
+    it is still there, unless a signal ends the body and it is `worth_keeping`. `errors` turns an OSError into what
+    users are told.
     """
+
+    def end(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not (isinstance(error, (SystemExit, KeyboardInterrupt)) and worth_keeping(folder)):
+            _remove(folder)
+
     with ExitStack() as stack:
-        with errors(out), deferred_signals():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            stack.callback(_remove, made)
-            made.chmod(0o755)  # mkdtemp's 0700 would stay with the published folder
-            lock = _lock(made)
-            if lock is not None:
-                stack.callback(os.close, lock)
-            # Only now it has a name that `reclaim` knows, and one that it may remove only if there is a lock.
-            ending = ".partial" if lock is None else f".{_MACHINE}.partial"
-            folder = made.rename(made.with_name(made.name + ending))
-            stack.callback(_remove, folder)
+        if left is None:
+            with errors(out), deferred_signals():
+                folder = _new_folder(out, stack)
+                stack.push(end)
+        else:
+            folder = left
+            stack.push(end)
         yield folder
+
+
+def _new_folder(out: Path, stack: ExitStack) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    stack.callback(_remove, made)
+    made.chmod(0o755)  # mkdtemp's 0700 would stay with the published folder
+    lock = _lock(made)
+    if lock is not None:
+        stack.callback(os.close, lock)
+    # Only now it has a name that `reclaim` knows, and one that it may remove only if there is a lock.
+    ending = ".partial" if lock is None else f".{_machine_of(made)}.partial"
+    return made.rename(made.with_name(made.name + ending))
+
+
+def _machine_of(folder: Path) -> str:
+    """By which machine's processes the locks of a folder can be seen; one answer for any on a disk of its own.
+
+    A container has another name each time, and finds on its volume what the last one left.
+    """
+    return f"{0:08x}" if is_local(folder) else _MACHINE
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that `left_by_killed` gave."""
+    _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -128,34 +163,84 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+def restore(out: Path, say: Callable[[str], None]) -> None:
+    """Give `out` its name back, which a build that was killed while it published had taken from it."""
+    if os.path.lexists(out):
+        return
+    for path, _, ending in _left_beside(out):
+        if ending == "old" and path.is_dir():
+            with disk_errors(out):
+                path.rename(out)
+            say(f"restored: {out}, which a build that was killed had moved away")
+            return
+
+
 def reclaim(out: Path, say: Callable[[str], None]) -> None:
     """Remove what builds of `out` left beside it when they were killed. What may be of a living one is told only."""
-    left = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}(\.[0-9a-f]{{8}})?\.(partial|old)")
+    with ExitStack() as stack:
+        _reclaim(out, say, lambda folder: False, stack)
+
+
+@contextmanager
+def left_by_killed(
+    out: Path, say: Callable[[str], None], keep: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path | None]:
+    """The same for whoever holds `out`, but for one folder that is to be kept: the body has that, locked."""
+    if sys.platform != "win32":
+        for path in out.parent.glob(f".{glob.escape(out.name)}.????????"):
+            with suppress(OSError):  # with anything in it, it is none whose maker was killed before it had a lock
+                path.rmdir()
+    with ExitStack() as stack:
+        yield _reclaim(out, say, keep, stack)
+
+
+def _reclaim(out: Path, say: Callable[[str], None], keep: Callable[[Path], bool], stack: ExitStack) -> Path | None:
+    """Remove what is left but for the first that is to be kept, whose lock is the stack's."""
+    kept = None
+    for path, machine, ending in _left_beside(out):
+        lock = _lock_if_left(path) if machine == _machine_of(path) else None
+        if lock is None:
+            say(f"left alone: {path}, of a build that is running or that was killed on another machine")
+        elif kept is None and ending == "partial" and keep(path):
+            kept = path
+            stack.callback(os.close, lock)
+        else:
+            _remove_left(path, lock, say)
+    return kept
+
+
+def _left_beside(out: Path) -> list[tuple[Path, str, str]]:
+    """Folders of builds of `out`, in the order of their names: each with its machine and `partial` or `old`."""
+    left = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}(?:\.([0-9a-f]{{8}}))?\.(partial|old)")
     try:
         found = sorted((path, match) for path in out.parent.iterdir() if (match := left.fullmatch(path.name)))
     except OSError:
-        return  # no such folder yet, or one that cannot be read; whether it can be written to is asked later
-    for path, match in found:
-        if match[2] == "old":
-            say(f"left alone: {path}, which a build that was killed had moved away from {out}")
-        elif match[1] == f".{_MACHINE}" and _reclaimed(path):
-            say(f"removed: {path}, which a build that was killed had left")
-        else:
-            say(f"left alone: {path}, of a build that is running or that was killed on another machine")
+        return []  # no such folder yet, or one that cannot be read; whether it can be written to is asked later
+    return [(path, match[1] or "", match[2]) for path, match in found]
 
 
-def _reclaimed(folder: Path) -> bool:
+def _lock_if_left(folder: Path) -> int | None:
     try:
-        lock = _lock(folder)
+        return _lock(folder)
     except OSError:  # its build has just ended, or it is another user's
-        return False
-    if lock is None:
-        return False
+        return None
+
+
+def _remove_left(folder: Path, lock: int, say: Callable[[str], None]) -> None:
+    """Remove a folder, unless it was replaced and somebody had put files into it just then; give up its lock."""
     try:
+        if (folder / MANIFEST).exists() and not (folder / JOURNAL).exists():
+            require_replaceable(folder, Target)
         _remove(folder)
+    except UsageError as error:
+        say(f"left alone: {folder}, which a build that was killed had left: {error.what}: {error.found}")
+        return
     finally:
         os.close(lock)
-    return not os.path.lexists(folder)
+    if os.path.lexists(folder):
+        say(f"left alone: {folder}, which a build that was killed had left and which cannot be removed")
+    else:
+        say(f"removed: {folder}, which a build that was killed had left")
 
 
 def publish(folder: Path, out: Path, targets: Collection[Target]) -> None:
@@ -188,24 +273,61 @@ def reject(folder: Path, rejected: Path) -> Path:
 
 
 def _exchange(folder: Path, out: Path, targets: Collection[Target]) -> None:
-    """Rename `folder` to `out`, and remove what stood there if it may be replaced; else UsageError, and all stays."""
-    aside = folder.with_suffix(".old")
+    """Rename `folder` to `out`, and remove what stood there if it may be replaced; else UsageError, and all stays.
+
+    A kill finds the old folder under that name or the new one. Only where names cannot be exchanged there is a moment
+    at which it finds none, and the next build gives the old one its name back (`restore`).
+    """
     with disk_errors(out):
         require_replaceable(out, targets)
-        try:
-            if os.path.lexists(out):
-                out.rename(aside)
-                require_replaceable(aside, targets)  # nothing can have come to it under its name since
-            folder.rename(out)
-        except BaseException as error:
-            if os.path.lexists(aside) and not os.path.lexists(out):
-                aside.rename(out)
-            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise UsageError("another took the name", where=str(out)) from error
-            raise
-        if os.path.lexists(aside):
-            aside.rename(folder)  # a name that says that it may be removed, by another build if need be
-            _remove(folder)
+        _sync(folder)
+        if os.path.lexists(out) and exchange(folder, out):
+            try:
+                require_replaceable(folder, targets)  # nothing can have come to it under its name since
+            except BaseException:
+                exchange(folder, out)
+                raise
+        else:
+            _rename_twice(folder, out, targets)
+        _sync_one(out.parent)
+        _remove(folder)
+
+
+def _rename_twice(folder: Path, out: Path, targets: Collection[Target]) -> None:
+    """Rename `folder` to `out`, and what stood there to `folder`, a name that says that it may be removed."""
+    aside = folder.with_suffix(".old")
+    try:
+        if os.path.lexists(out):
+            out.rename(aside)
+            require_replaceable(aside, targets)
+        folder.rename(out)
+    except BaseException as error:
+        if os.path.lexists(aside) and not os.path.lexists(out):
+            aside.rename(out)
+        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise UsageError("another took the name", where=str(out)) from error
+        raise
+    if os.path.lexists(aside):
+        aside.rename(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in a folder on the disk: what it replaces will be gone, should the power fail."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync_one(Path(parent, name))
+        _sync_one(Path(parent))
+
+
+def _sync_one(path: Path) -> None:
+    """A file's contents, or the names in a folder."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _keep(folder: Path, name: Path) -> Path:

@@ -91,11 +91,17 @@ def verify(
     digests: Mapping[str, str],
     threads: int,
     say: Callable[[str], None],
+    known: Mapping[Target, TargetResult] | None = None,
+    done: Callable[[TargetResult], None] = lambda result: None,
 ) -> tuple[TargetResult, ...]:
-    """Verify artifacts/<target> for each target of the recipe, one runtime after the other."""
+    """Verify artifacts/<target> for each target of the recipe, one runtime after the other.
+
+    Results that are `known` are taken as they are; `done` is told each of the others.
+    """
     missing = {target: missing_runtime(exporters[target]) for target in recipe.targets}
-    present = [target for target in recipe.targets if not missing[target]]
     results = {target: _not_verified(target, missing[target], recipe) for target in recipe.targets if missing[target]}
+    results = {**(known or {}), **results}
+    present = [target for target in recipe.targets if target not in results]
     with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
         folder = Path(scratch)
         if present:
@@ -107,6 +113,7 @@ def verify(
             result = results[target] = _verify_target(
                 model, source, recipe, exporters[target], artifacts / target, digests, reference, folder, threads
             )
+            done(result)
             kl = f", KL {result.divergence.kl_mean:.4g}" if result.divergence else ""
             say(f"{target}: {'gates missed' if result.passed is False else 'verified'}{kl}")
     return tuple(results[target] for target in recipe.targets)

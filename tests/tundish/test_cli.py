@@ -384,7 +384,9 @@ def wait_for_worker(build: subprocess.Popen[str]) -> psutil.Process:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_while_verifying_leaves_what_is_done(
+    number: signal.Signals, tundish: Run, gguf_recipe: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("xllamacpp")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -404,8 +406,12 @@ def test_a_signal_while_verifying_leaves_nothing(number: signal.Signals, gguf_re
     assert said[-1] == "tundish: interrupted; nothing was published.\n"
     assert not any("Traceback" in line for line in said)
     assert not worker.is_running(), "the runtime's process outlived the build"
-    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "scratch"}
     assert not list(scratch.iterdir())
+    (left,) = tmp_path.glob(".out.*")
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "scratch", left.name}
+    assert said[-2] == f"kept: {left}; the same command goes on from there, --fresh or another build removes it\n"
+    assert tundish("build", str(gguf_recipe), "--out", str(tmp_path / "out"), "--no-verify").status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "scratch", "out"}
 
 
 INTERRUPTED = """

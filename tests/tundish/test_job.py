@@ -429,7 +429,7 @@ def test_what_appears_under_the_name_during_a_build_stays(checkpoint: Path, tmp_
 
 def test_a_build_reclaims_what_a_killed_one_left(checkpoint: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
-    left = tmp_path / f".out.abcd_123.{publishing._MACHINE}.partial"
+    left = tmp_path / f".out.abcd_123.{publishing._machine_of(tmp_path)}.partial"
     (left / "gguf").mkdir(parents=True)
     told: list[str] = []
     watcher = Watcher(told.append, QUIET.start, QUIET.advance, lambda out: told.append("published"))

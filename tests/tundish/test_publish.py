@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import pytest
 from converters.errors import ResourceError, UsageError
 from exporters.base import Target
 from tundish import publish as publishing
+from tundish.exchange import exchange
 from tundish.manifest_file import FORMAT
-from tundish.publish import publish, reclaim, reject, require_replaceable, staging
+from tundish.publish import left_by_killed, publish, reclaim, reject, require_replaceable, restore, staging
 from tundish.signals import deferred_signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,18 @@ def old_build(out: Path) -> None:
     (out / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_replaces_an_earlier_build(tmp_path: Path) -> None:
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a folder is replaced: as here, and as where names cannot be exchanged."""
+    if request.param == "two renames":
+        monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
+    elif sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    way: str = request.param
+    return way
+
+
+def test_replaces_an_earlier_build(tmp_path: Path, way: str) -> None:
     out = tmp_path / "a name with späces"
     old_build(out)
     require_replaceable(out, [Target.GGUF])
@@ -69,7 +82,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     assert (out / "gguf" / "model.gguf").read_text() == "old"
 
 
-def test_a_failed_rename_puts_the_old_back(tmp_path: Path) -> None:
+def test_a_failed_rename_puts_the_old_back(tmp_path: Path, way: str) -> None:
     out = tmp_path / "out"
     old_build(out)
     with pytest.raises(Exception, match="cannot write"):
@@ -147,17 +160,17 @@ def test_what_appeared_during_the_build_stays(tmp_path: Path, kind: str, name: s
         assert (out / "thesis.tex" if kind == "folder" else out).read_text() == "precious"
 
 
-def test_what_appeared_between_the_check_and_the_rename_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_appeared_between_the_check_and_the_rename_stays(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     old_build(out)
-    rename = Path.rename
 
-    def late(path: Path, target: Path) -> Path:
-        if path == out:
-            (out / "thesis.tex").write_text("precious")
-        return rename(path, target)
+    def late(one: Path, other: Path) -> bool:
+        (out / "thesis.tex").write_text("precious")
+        return way == "exchange" and exchange(one, other)
 
-    monkeypatch.setattr(Path, "rename", late)
+    monkeypatch.setattr(publishing, "exchange", late)
     with pytest.raises(UsageError, match=r"changed.*thesis\.tex"), staging(out) as folder:
         publish(folder, out, [Target.GGUF])
     assert (out / "thesis.tex").read_text() == "precious" and (out / "gguf" / "model.gguf").read_text() == "old"
@@ -237,6 +250,7 @@ def test_a_signal_at_a_rename_waits(
             interrupt()
         return new
 
+    monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
     with pytest.raises(KeyboardInterrupt), staging(out) as folder:
         (folder / "new").write_text("new")
         monkeypatch.setattr(Path, "rename", interrupted)
@@ -350,9 +364,10 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_may_be_in_use_or_precious_is_told_only(tmp_path: Path) -> None:
-    other = "00000000" if publishing._MACHINE != "00000000" else "00000001"
-    names = [f".out.abcd_123.{other}.partial", f".out.abcd_123.{publishing._MACHINE}.old", ".out.abcd_123.partial"]
-    silent = [".out.mine", ".out.abcd_123", f".out.x.abcd_123.{publishing._MACHINE}.partial"]
+    machine = publishing._machine_of(tmp_path)
+    other = "00000001" if machine != "00000001" else "00000002"
+    names = [f".out.abcd_123.{other}.partial", f".out.abcd_123.{other}.old", ".out.abcd_123.partial"]
+    silent = [".out.mine", ".out.abcd_123", f".out.x.abcd_123.{machine}.partial"]
     for name in names + silent:
         (tmp_path / name).mkdir()
     said: list[str] = []
@@ -371,6 +386,79 @@ def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
         reclaim(tmp_path / "out", said.append)
         assert folder.exists() and said[0].startswith(f"left alone: {folder}")
     assert not list(tmp_path.iterdir())
+
+
+def publish_until_killed(out: Path, moment: int) -> None:
+    """In a process of its own, which dies at that call of those that change something."""
+    calls = itertools.count(1)
+
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    with staging(out) as folder:
+        (folder / "new").write_text("new")
+        for owner, name in ((publishing, "exchange"), (publishing, "_sync_one"), (publishing, "_remove")):
+            setattr(owner, name, killing(getattr(owner, name)))
+        Path.rename = killing(Path.rename)  # type: ignore[method-assign]
+        publish(folder, out, [Target.GGUF])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_a_kill_while_publishing_loses_nothing(tmp_path: Path, way: str) -> None:
+    """Wherever it comes, there is the old build or the new one after the next command, and nothing else."""
+    for moment in range(1, 12):
+        out = tmp_path / str(moment) / "out"
+        old_build(out)
+        child = os.fork()
+        if child == 0:
+            publish_until_killed(out, moment)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        if way == "exchange":
+            assert out.is_dir(), "there is no moment without it"
+        restore(out, print)
+        reclaim(out, print)
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert [path.name for path in out.iterdir()] == ["new"] or (out / "gguf" / "model.gguf").read_text() == "old"
+        if ended == 0:
+            break
+    assert ended == 0 and moment > 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_a_name_taken_by_a_killed_build_is_given_back(tmp_path: Path) -> None:
+    out, said = tmp_path / "out", list[str]()
+    aside = tmp_path / f".out.abcd_123.{publishing._machine_of(tmp_path)}.old"
+    old_build(aside)
+    restore(out, said.append)
+    assert said == [f"restored: {out}, which a build that was killed had moved away"]
+    assert (out / "gguf" / "model.gguf").read_text() == "old" and not aside.exists()
+    old_build(aside)
+    restore(out, said.append)
+    assert aside.exists() and len(said) == 1, "the name is taken"
+    (aside / "thesis.tex").write_text("precious")
+    reclaim(out, said.append)
+    assert (aside / "thesis.tex").exists() and "thesis.tex" in said[1], "somebody's file was in what was replaced"
+    (aside / "thesis.tex").unlink()
+    reclaim(out, said.append)
+    assert not aside.exists()
+
+
+def test_a_folder_that_is_worth_it_survives_a_signal(tmp_path: Path) -> None:
+    for error, kept in ((KeyboardInterrupt, True), (SystemExit, True), (OSError, False)):
+        with suppress(error), staging(tmp_path / "out", worth_keeping=lambda folder: True) as folder:
+            raise error
+        assert folder.exists() == kept
+        with left_by_killed(tmp_path / "out", print, lambda folder: True) as left:
+            assert left == (folder if kept else None)
+            with staging(tmp_path / "out", left=left) as again:
+                assert (again == folder) == kept
+        assert not list(tmp_path.iterdir())
 
 
 # ---- places that cannot be used ----

@@ -1,0 +1,121 @@
+"""Whoever comes second waits for an output that is held, is told by whom, and gets it once the holder is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tundish import holding as module
+from tundish.holding import holding
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys
+from pathlib import Path
+from tundish.holding import holding
+with holding(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+
+
+@contextmanager
+def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("end", ["it ends", "it is killed"])
+def test_the_second_waits_and_is_told_for_whom(tmp_path: Path, end: str) -> None:
+    out, said, held = tmp_path / "not" / "yet", list[str](), threading.Event()
+    out.parent.mkdir()
+
+    def wait() -> None:
+        with holding(out, said.append):
+            held.set()
+
+    with holder(out) as process:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not said:
+            time.sleep(0.01)
+        assert not held.wait(0.5)
+        assert said[0].startswith(f"waiting for {out}, which process {process.pid} on ") and len(said) == 1
+        if end == "it ends":
+            process.communicate("\n")
+        else:
+            process.kill()
+        assert held.wait(20)
+        waiting.join()
+    assert not list(out.parent.iterdir())
+
+
+def test_folders_that_were_not_needed_go(tmp_path: Path) -> None:
+    with holding(tmp_path / "not" / "yet" / "out", pytest.fail):
+        assert (tmp_path / "not" / "yet" / ".out.lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_take_turns(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(5):
+            with holding(tmp_path / "out", lambda text: None):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.002)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and not list(tmp_path.iterdir())
+
+
+def test_another_output_is_free(tmp_path: Path) -> None:
+    with holder(tmp_path / "out"), holding(tmp_path / "other", pytest.fail):
+        pass
+
+
+def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with holder(tmp_path / "out") as process:
+        with pytest.raises(KeyboardInterrupt), holding(tmp_path / "out", interrupt):
+            raise AssertionError("held twice")
+        assert process.poll() is None and (tmp_path / ".out.lock").exists()
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b"{}", b"\xff"])
+def test_a_holder_that_left_no_name(tmp_path: Path, note: bytes) -> None:
+    (tmp_path / "note").write_bytes(note)
+    with (tmp_path / "note").open("rb") as file:
+        assert module._holder(file.fileno()) == "another process"
+
+
+def test_where_no_lock_can_be_made_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "file")
+    with holding(tmp_path / "file" / "out", pytest.fail), holding(tmp_path / "out", pytest.fail):
+        assert (tmp_path / "file").read_bytes() == b"", "a link is not followed"

@@ -1,0 +1,369 @@
+"""A build that was killed goes on, and comes to the same bytes whatever the kill, or the disk, did to its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters.errors import ResourceError
+from exporters.base import Target
+from tests.tundish.tiny import INT4, QUIET, write_recipe
+from tundish import job, plan, verify
+from tundish import pour as pouring
+from tundish.job import Choices, Watcher, build
+from tundish.journal import JOURNAL, Done, Journal, has_journal, read_journal
+from tundish.verify import Gate, TargetResult
+from tundish.worker import package_versions
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+
+TARGETS = {"gguf": {}, "mlx": {"activations": "fp32"}}
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("r") / "r.yaml", checkpoint, schemes=INT4, targets=TARGETS, context=128)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a build gives that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    build(Choices(str(recipe), out=out, verify=False), QUIET)
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupted(recipe: Path, out: Path, after: int = 10) -> Path:
+    """Build until that many blocks are poured, and then as a signal has it. Returns what is left."""
+    left = after
+
+    def count(elements: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(Choices(str(recipe), out=out, verify=False), Watcher(QUIET.say, QUIET.start, count))
+    assert not out.exists()
+    (folder,) = out.parent.glob(".out.*.partial")
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Weights of which blocks are quantized, as that happens."""
+    names: list[str] = []
+    pour_block = pouring.pour_block
+
+    def noted(block: Any, *arguments: Any) -> bytes:
+        names.append(block[0].name)
+        return pour_block(block, *arguments)
+
+    monkeypatch.setattr(pouring, "pour_block", noted)
+    return names
+
+
+def resumed(recipe: Path, out: Path, **choices: Any) -> list[str]:
+    said: list[str] = []
+    build(Choices(str(recipe), out=out, verify=False, **choices), Watcher(said.append, QUIET.start, QUIET.advance))
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    return said
+
+
+def test_it_goes_on(recipe: Path, whole: dict[str, bytes], tmp_path: Path, made: list[str]) -> None:
+    folder = interrupted(recipe, tmp_path / "out")
+    blocks = len(found.blocks) if (found := read_journal(folder)) else 0
+    assert blocks == 10
+    made.clear()
+    said = resumed(recipe, tmp_path / "out")
+    assert f"taken over from a build that was killed: 10 of {10 + len(made)} blocks of rows, by digest" in said
+    assert len(made) > 5 and contents(tmp_path / "out") == whole
+
+
+def test_it_goes_on_twice(recipe: Path, whole: dict[str, bytes], tmp_path: Path, made: list[str]) -> None:
+    folder = interrupted(recipe, tmp_path / "out", 5)
+    made.clear()
+    assert interrupted(recipe, tmp_path / "out", 12) == folder
+    made.clear()
+    said = resumed(recipe, tmp_path / "out")
+    assert f"killed: 12 of {12 + len(made)} blocks" in said[-2] and contents(tmp_path / "out") == whole
+
+
+def spoil_bytes(folder: Path) -> None:
+    for path in (folder / "mlx" / "model.safetensors", folder / "gguf" / "model.gguf"):
+        data = bytearray(path.read_bytes())
+        for at in range(0, len(data), 5000):
+            data[at] ^= 1
+        path.write_bytes(data)
+
+
+def lose_what_was_written_last(folder: Path) -> None:
+    """As a power failure may: the journal is there, and the space of the files, and not all that was written."""
+    path = folder / "gguf" / "model.gguf"
+    nbytes = path.stat().st_size
+    os.truncate(path, nbytes // 3)
+    os.truncate(path, nbytes)
+
+
+def replace_by_a_link(folder: Path) -> None:
+    path = folder / "gguf" / "model.gguf"
+    path.rename(folder.parent / "precious")
+    path.symlink_to(folder.parent / "precious")
+
+
+def add_strangers(folder: Path) -> None:
+    (folder / "gguf" / "old.gguf").touch()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "more").symlink_to(folder.parent)
+
+
+def change_journal(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / JOURNAL
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_bytes,
+        lose_what_was_written_last,
+        replace_by_a_link,
+        add_strangers,
+        lambda folder: (folder / "gguf" / "model.gguf").unlink(),
+        lambda folder: shutil.rmtree(folder / "mlx"),
+        lambda folder: os.truncate(folder / "gguf" / "model.gguf", 100),
+        change_journal(lambda data: data[:-3]),
+        change_journal(lambda data: data.replace(b"blocks.0", b"blocks.1")),
+        change_journal(lambda data: data + b"0123 torn"),
+        change_journal(lambda data: b""),
+        change_journal(lambda data: bytes(len(data))),
+    ],
+)
+def test_what_is_not_as_it_was_is_made_anew(
+    recipe: Path, whole: dict[str, bytes], tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    folder = interrupted(recipe, tmp_path / "a" / "out")
+    spoil(folder)
+    precious = tmp_path / "a" / "precious"
+    before = precious.read_bytes() if precious.exists() else b""
+    build(Choices(str(recipe), out=tmp_path / "a" / "out", verify=False), QUIET)
+    assert contents(tmp_path / "a" / "out") == whole
+    assert not before or precious.read_bytes() == before, "nothing is written through a link"
+    assert {path.name for path in (tmp_path / "a").iterdir()} <= {"out", "precious"}
+
+
+@pytest.mark.parametrize("change", ["recipe", "checkpoint", "fresh", "library"])
+def test_another_build_takes_nothing_over(
+    checkpoint: Path, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    moving, out = tmp_path / "moving", tmp_path / "a" / "out"
+    shutil.copytree(checkpoint, moving)
+    recipe = write_recipe(tmp_path / "r.yaml", moving, schemes=INT4, targets={"gguf": {}}, context=128)
+    interrupted(recipe, out)
+    if change == "recipe":
+        write_recipe(recipe, moving, schemes={"default": "int4_g32"}, targets={"gguf": {}}, context=128)
+    elif change == "checkpoint":
+        weights = max(moving.glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-2] + b"\0\0")
+    elif change == "library":
+        monkeypatch.setattr("tundish.resume.version", lambda name: "0.0")
+    made.clear()
+    said = resumed(recipe, out, fresh=change == "fresh")
+    assert any(line.startswith("removed: ") for line in said) and not any("taken over" in line for line in said)
+    build(Choices(str(recipe), out=tmp_path / "b" / "out", verify=False), QUIET)
+    assert len(made) % 2 == 0, "as many blocks as the undisturbed one"
+    assert contents(out) == contents(tmp_path / "b" / "out")
+
+
+def test_a_checkpoint_that_changes_before_the_kill(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[str]
+) -> None:
+    """What was read after the change, or while its digest was taken, is not of the digest that the next build finds."""
+    moving, out = tmp_path / "moving", tmp_path / "a" / "out"
+    shutil.copytree(checkpoint, moving)
+    recipe = write_recipe(tmp_path / "r.yaml", moving, schemes=INT4, targets={"gguf": {}}, context=128)
+    weights, left = max(moving.glob("*.safetensors")), 8
+
+    def change(elements: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 4:
+            data = weights.read_bytes()
+            weights.write_bytes(data[:-2000] + bytes(2000))
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(Choices(str(recipe), out=out, verify=False, threads=1), Watcher(QUIET.say, QUIET.start, change))
+    for folder in out.parent.glob(".out.*"):
+        found = read_journal(folder)
+        assert found is not None and len(found.blocks) <= 4
+    resumed(recipe, out)
+    build(Choices(str(recipe), out=tmp_path / "b" / "out", verify=False), QUIET)
+    assert contents(out) == contents(tmp_path / "b" / "out")
+
+
+def test_an_error_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is not to stay full."""
+    folder = interrupted(recipe, tmp_path / "out")
+    assert has_journal(folder)
+
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match=r"No space left.*expected [\d,]+ bytes for the whole build"):
+        build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_left_counts_as_room(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe, tmp_path / "out")
+    usage, needed = shutil.disk_usage(tmp_path), list[int]()
+    make_plan = plan.make_plan
+
+    def tight(*arguments: Any) -> plan.Plan:
+        made = make_plan(*arguments)
+        needed.append(made.disk)
+        free = made.disk - sum(big.nbytes for each in made.layouts.values() for big in each.big.values())
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        return made
+
+    monkeypatch.setattr(job, "make_plan", tight)
+    resumed(recipe, tmp_path / "out")
+    with pytest.raises(ResourceError, match="not enough disk"):
+        build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a byte", "a runtime", "it had failed"])
+def test_what_was_verified_stays_verified(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """If the artifact's bytes and the runtime's version are the same; what failed is tried again."""
+    asked: list[Target] = []
+    passed, kill = change != "it had failed", True
+
+    def fake(*arguments: Any) -> TargetResult:
+        exporter = arguments[3]
+        asked.append(exporter.target)
+        if exporter.target == Target.MLX and kill:
+            raise KeyboardInterrupt
+        versions = package_versions(exporter.runtime_requires)
+        gates = (Gate("runtime", passed, detail="opened"), Gate("kl", True, 0.125, 0.25))
+        return TargetResult(exporter.target, gates, versions, None, "42")
+
+    monkeypatch.setattr(verify, "_verify_target", fake)
+    monkeypatch.setattr(verify, "make_reference", lambda *arguments: None)
+    choices = Choices(str(recipe), out=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        build(choices, QUIET)
+    kill, passed = False, True
+    if change == "a byte":
+        (folder,) = tmp_path.glob(".out.*.partial")
+        journal = read_journal(folder)
+        assert journal is not None
+        journal.verified["gguf"]["files"]["model.gguf"] = "0" * 64
+        again = Journal(folder, lambda: "key", journal)
+        again.add_verified("gguf", journal.verified["gguf"])
+        again.close()
+    elif change == "a runtime":
+        monkeypatch.setattr("tundish.resume.package_versions", lambda modules: {"xllamacpp": "0"})
+    asked.clear()
+    said: list[str] = []
+    manifest = build(choices, Watcher(said.append, QUIET.start, QUIET.advance))
+    assert asked == ([Target.MLX] if change == "nothing" else [Target.GGUF, Target.MLX])
+    told = [line for line in said if line.startswith("taken over")]
+    assert len(told) == 1 and told[0].endswith("and that gguf was verified") == (change == "nothing")
+    assert manifest["verification"]["gguf"]["gates"][1]["figure"] == 0.125
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+
+
+def test_lines_wait_for_the_key(tmp_path: Path) -> None:
+    keys: list[str] = []
+    journal = Journal(tmp_path, lambda: keys[-1] if keys else None)
+    journal.add_block(("w", 0, 64), Done("00", b"ab"))
+    assert not has_journal(tmp_path) and not list(tmp_path.iterdir())
+    keys.append("the key")
+    journal.add_block(("w", 64, 128), Done("11", b"cd"))
+    journal.close()
+    found = read_journal(tmp_path)
+    assert found is not None and found.key == "the key"
+    assert found.blocks == {("w", 0, 64): Done("00", b"ab"), ("w", 64, 128): Done("11", b"cd")}
+    assert found.nbytes == (tmp_path / JOURNAL).stat().st_size
+
+
+def test_every_flipped_bit_of_a_journal_is_seen(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, lambda: "key")
+    for start in range(3):
+        journal.add_block(("w", start, start + 1), Done("00", b"ab"))
+    journal.close()
+    data = (tmp_path / JOURNAL).read_bytes()
+    whole = read_journal(tmp_path)
+    for at in range(len(data)):
+        (tmp_path / JOURNAL).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        found = read_journal(tmp_path)
+        line = data[:at].count(b"\n")
+        assert found is None if line == 0 else found is not None and len(found.blocks) <= line - 1, at
+    assert whole is not None and len(whole.blocks) == 3
+
+
+def build_in_a_process(recipe: Path, out: Path, kill_after: float | None, said: Path) -> int:
+    """Its status. Everything is imported already, so that kills find it at work."""
+    child = os.fork()
+    if child == 0:
+        with said.open("w") as file, suppress(BaseException):
+            watcher = Watcher(lambda text: print(text, file=file, flush=True), QUIET.start, QUIET.advance)
+            build(Choices(str(recipe), out=out, verify=False), watcher)
+            os._exit(0)
+        os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+def test_kills_at_fifty_moments(recipe: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """There is the earlier build or the whole new one, whenever it is looked at; the same command ends with that."""
+    out, said, chance = tmp_path / "a" / "out", tmp_path / "said", np.random.default_rng(0)
+    earlier = tmp_path / "earlier"
+    build(Choices(str(write_recipe_like(recipe, tmp_path / "e.yaml")), out=earlier, verify=False), QUIET)
+    start = time.perf_counter()
+    assert build_in_a_process(recipe, out, None, said) == 0
+    seconds, went_on = time.perf_counter() - start, 0
+    for moment in range(50):
+        shutil.rmtree(out.parent)
+        if moment % 2:
+            shutil.copytree(earlier, out)
+        before = contents(out)
+        for _ in range(1 + moment % 3):
+            build_in_a_process(recipe, out, chance.uniform(0, 1.1 * seconds), said)
+            assert contents(out) in (before, whole)
+        assert build_in_a_process(recipe, out, None, said) == 0
+        assert contents(out) == whole and [path.name for path in out.parent.iterdir()] == ["out"]
+        went_on += "taken over" in said.read_text()
+    assert went_on, "some came while it wrote"
+
+
+def write_recipe_like(recipe: Path, path: Path) -> Path:
+    """The same with other schemes."""
+    path.write_text(json.dumps(json.loads(recipe.read_text()) | {"schemes": {"default": "fp32"}}))
+    return path
