@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from converters.errors import GateError, ModelError, ResourceError, TundishError, UsageError
     from converters.interpret import interpret
     from converters.load import load_graph
-    from tundish.job import Choices, Watcher, build, plan_job, verify_again
+    from tundish.job import Choices, Watcher, build, plan_job
+    from tundish.recheck import verify_again
     from tundish.recipe import list_recipes, load_recipe
 
 __all__ = [
@@ -48,7 +49,7 @@ _HOMES = {
     "load_graph": "converters.load",
     "load_recipe": "tundish.recipe",
     "plan_job": "tundish.job",
-    "verify_again": "tundish.job",
+    "verify_again": "tundish.recheck",
 }
 
 

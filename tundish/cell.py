@@ -26,8 +26,9 @@ from tundish.calibration_cache import is_kept, key_of
 from tundish.calibration_text import digest
 from tundish.child import exit_with_parent
 from tundish.events import Event, Events, watching
+from tundish.gates import FailedGatesError
 from tundish.integrity import require_intact
-from tundish.job import SILENT, Choices, FailedGatesError, build, output, settle_recipe
+from tundish.job import SILENT, Choices, build, output, settle_recipe
 from tundish.manifest import portable_recipe
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.model import find_source, open_model

@@ -7,24 +7,33 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from converters.errors import TundishError
 from exporters.target import Target
-from tundish import tables
-from tundish.disk import disk_errors
+from tundish import console, tables
+from tundish.console import figures_of_failed_gates, people, show, watcher
+from tundish.options import (
+    BuildArgument,
+    DeviceOption,
+    EventsOption,
+    FreshOption,
+    JsonOption,
+    KeyOption,
+    MetricsOption,
+    ModelOption,
+    OutOption,
+    RecipeArgument,
+    TargetOption,
+    ThreadsOption,
+    VerifyOption,
+)
 from tundish.signals import ENDING, unwind_at_signals
-
-if TYPE_CHECKING:
-    from tundish.events import Events
-    from tundish.job import Watcher
 
 
 def _version(wanted: bool) -> None:
@@ -63,41 +72,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `tundish recipes`) or a YAML file.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="A checkpoint folder, a Hub id, or `sample`. Default: the recipe's own.")
-]
-OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.")]
-TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
-VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
-BuildArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")]
-KeyOption = Annotated[Path | None, typer.Option("--key", help="Check the signature with this public Ed25519 key, PEM.")]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
-]
-EventsOption = Annotated[
-    str | None,
-    typer.Option("--events", metavar="FILE", help="Write progress there, a JSON object a line; - is stderr."),
-]
-MetricsOption = Annotated[
-    Path | None,
-    typer.Option("--metrics", metavar="FILE", envvar="TUNDISH_METRICS", help="A Prometheus textfile to write, .prom."),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", help="Where torch, if installed, computes a calibration: cuda, mps, cpu. Default: numpy."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-
-_UNPUBLISHED = "nothing was published"
-_published = _UNPUBLISHED  # what is said if the command is interrupted
-
 
 def main() -> None:
     """The entry point: runs a command and turns errors into a paragraph on stderr and an exit status."""
-    global _published
-    _published = _UNPUBLISHED
+    console.if_interrupted("nothing was published")
     os.environ.setdefault("USE_TORCH", "0")  # transformers would import it where it is installed, which takes seconds
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in all that is installed
     unwind_at_signals()
@@ -111,7 +89,7 @@ def main() -> None:
         sys.exit(error.exit_status)
     except SystemExit as ending:
         if ending.code in [128 + number for number in ENDING]:
-            print(f"tundish: interrupted; {_published}.", file=sys.stderr)
+            print(f"tundish: interrupted; {console.state}.", file=sys.stderr)
         raise
 
 
@@ -185,13 +163,12 @@ def matrix(
     as_json: JsonOption = False,
 ) -> None:
     """Build every recipe of a file for every model of it, as many at once as memory and cores allow."""
-    global _published
     from tundish import matrix as matrices
     from tundish.matrix_cluster import parse_memory
     from tundish.matrix_file import load_matrix
     from tundish.observe import observing
 
-    _published = "what was built by then is published; the same command goes on from there"
+    console.if_interrupted("what was built by then is published; the same command goes on from there")
     with observing("matrix", (file.stem, ""), events, metrics) as observed:
         asked = load_matrix(file)
         nbytes = None if memory is None else parse_memory(memory)
@@ -271,19 +248,20 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check the files of an earlier build and its signature, open the artifacts in their runtimes and measure again."""
-    from tundish import job
+    from tundish import recheck
     from tundish.integrity import require_intact
+    from tundish.job import cores
     from tundish.observe import artifact_titles, observing
 
     titles = artifact_titles(folder)
     with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
             if files_only:
-                intact = require_intact(folder, threads or job.cores(), key)
+                intact = require_intact(folder, threads or cores(), key)
                 watching.say(intact.signature.value)
                 manifest = observed.manifest = intact.manifest
             else:
-                manifest = observed.manifest = job.verify_again(folder, model, threads, watching, key)
+                manifest = observed.manifest = recheck.verify_again(folder, model, threads, watching, key)
         show(manifest, as_json, tables.summary_text)
 
 
@@ -493,73 +471,6 @@ def collect_cache(
         "bytes": sum(e.nbytes for e in removed),
     }
     show(document, as_json, tables.collected_text)
-
-
-# ---- output ----
-
-
-@contextmanager
-def figures_of_failed_gates(as_json: bool) -> Iterator[None]:
-    """A build that misses a gate prints its figures like one that passes, before the error."""
-    from tundish.job import FailedGatesError
-
-    try:
-        yield
-    except FailedGatesError as error:
-        show(error.manifest, as_json, tables.summary_text)
-        raise
-
-
-@contextmanager
-def watcher(events: Events) -> Iterator[Watcher]:
-    """Progress as events, and for people."""
-    from tundish.events import watching
-
-    with people(events) as told:
-        yield watching(events, told)
-
-
-@contextmanager
-def people(events: Events | None = None) -> Iterator[Watcher]:
-    """Progress on stderr: a bar on a terminal, plain lines elsewhere; nothing if events go there."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from tundish.job import Watcher
-
-    def published(out: Path) -> None:
-        global _published
-        _published = "the build had been published by then"
-
-    if events is not None and events.alone:
-        yield Watcher(lambda text: None, lambda text, total: None, lambda amount: None, published)
-        return
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-
-        def say(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
-
-        yield Watcher(say, lambda text, total: say(text), lambda amount: None, published)
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        def start(text: str, total: int) -> None:
-            progress.add_task(text, total=total)
-
-        yield Watcher(
-            lambda text: progress.console.print(text, markup=False),
-            start,
-            lambda amount: progress.advance(progress.task_ids[-1], amount),
-            published,
-        )
-
-
-def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
-    """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
-    with disk_errors(Path("standard output")):
-        print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document), flush=True)
 
 
 if __name__ == "__main__":

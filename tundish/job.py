@@ -1,4 +1,4 @@
-"""A build from end to end: plan, pour, verify, publish. And the same verification again, later."""
+"""A build from end to end: plan, pour, verify, publish."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from pydantic import ValidationError
-
 from converters.arrays import computing_by, products_on
-from converters.errors import GateError, ResourceError, UsageError
+from converters.errors import ResourceError, UsageError
+from converters.file_digest import Digests
 from converters.source import (
+    Known,
     Source,
     SourceDigests,
     Stamp,
@@ -22,31 +22,38 @@ from converters.source import (
     digesting_source,
     file_stamp,
     require_unchanged,
-    resolve_source,
     source_digest,
     source_files,
     source_stamp,
 )
-from exporters.base import Target
+from exporters.base import Model, Target
 from exporters.registry import EXPORTERS
 from tundish.blas import fixed_blas
 from tundish.cache import cache_disk, in_use
-from tundish.calibrate import NOTHING, calibrate, calibration_text, check_calibration, is_calibrated, reading
+from tundish.calibrate import (
+    NOTHING,
+    Calibrated,
+    calibrate,
+    calibration_text,
+    check_calibration,
+    is_calibrated,
+    reading,
+)
 from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
 from tundish.cost_cache import CostMemory
 from tundish.disk import disk_errors, naming_need
 from tundish.estimate import estimate_time
+from tundish.gates import record_results, rejected_name, require_gates
 from tundish.holding import holding
-from tundish.integrity import Signature, require_intact
-from tundish.journal import has_journal
-from tundish.manifest import build_manifest, verification_record
+from tundish.journal import Journal, has_journal
+from tundish.manifest import build_manifest
 from tundish.manifest_file import write_manifest
-from tundish.model import SAMPLE, find_source, open_model
-from tundish.papers import write_licences, write_papers
+from tundish.model import find_source, open_model
+from tundish.papers import write_licences
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
-from tundish.pour import pour
-from tundish.publish import left_by_killed, publish, reject, require_replaceable, restore
-from tundish.recipe import Recipe, line_of, load_recipe, recipe_digest
+from tundish.pour import Poured, pour
+from tundish.publish import left_by_killed, publish, require_replaceable, restore
+from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
 from tundish.resume import (
     bytes_in,
@@ -57,12 +64,12 @@ from tundish.resume import (
     unfinished,
     verified_record,
 )
-from tundish.settle import settle_schemes, with_recorded_schemes
+from tundish.settle import settle_schemes
 from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
 from tundish.source_card import licence_files
 from tundish.verify import TargetResult, verify
-from tundish.whereabouts import recall, remember
+from tundish.whereabouts import remember
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -205,6 +212,34 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
             return _build(choices, recipe, out, left, signer, watcher)
 
 
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """What the steps of a build have in common; `digests` are those of the source's files, in the taking."""
+
+    choices: Choices
+    recipe: Recipe
+    out: Path
+    threads: int
+    source: Source
+    files: Mapping[str, Path]
+    stamp: Stamp
+    digests: Digests | Known
+    watcher: Watcher
+
+    def sha256(self) -> dict[str, str]:
+        """Of the source's files, by name; waits for them."""
+        found = self.digests.result()
+        return {name: found[path] for name, path in self.files.items()}
+
+    def knows_source(self) -> bool:
+        """Whether the digests are there, of files that are still the same."""
+        return self.digests.done() and file_stamp(self.files) == self.stamp
+
+    def require_unchanged(self) -> None:
+        """ModelError if the source is not what it was when the build began."""
+        require_unchanged(self.source.folder, self.stamp)
+
+
 def _build(
     choices: Choices, recipe: Recipe, out: Path, left: Path | None, signer: Signer | None, watcher: Watcher
 ) -> dict[str, Any]:
@@ -212,28 +247,17 @@ def _build(
     threads = choices.threads or cores()
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")
-    stamp, licences = source_stamp(source.folder), licence_files(source.folder)
-    files = source_files(source.folder)
-    read = file_stamp(files)
+    stamp, files = source_stamp(source.folder), source_files(source.folder)
     with (
         computing_by(products_on(choices.device)),
         blaming_changes(source.folder, stamp),
         in_use(source.folder),
-        digesting_source(source.folder, stamp, choices.known) as inputs,
+        digesting_source(source.folder, stamp, choices.known) as digests,
     ):
-
-        def digests() -> dict[str, str]:
-            sha256 = inputs.result()
-            return {name: sha256[path] for name, path in files.items()}
-
-        memory = CostMemory(digests, choices.fresh, watcher.say)
-        with fixed_blas():
-            opened = open_model(source, recipe)
-            model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
-        watcher.say("planning; kernels that were never used here are compiled")
-        plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
+        this = _Build(choices, recipe, out, threads, source, files, stamp, digests, watcher)
+        model, plan = _planned(this)
         text = calibration_text(model, recipe, watcher.say)
-        key = None if text is None else key_of(model, recipe, text, digests())
+        key = None if text is None else key_of(model, recipe, text, this.sha256())
         with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
             plan = plan if keeper.found is None else plan.with_cached_calibration()
             shortage = shortage_of(replace(plan, disk=plan.disk - bytes_in(left)), out, cache_disk())
@@ -245,42 +269,13 @@ def _build(
 
             @cache
             def content() -> str:
-                return content_key(source, digests(), model, recipe, plan.layouts, learned)
+                return content_key(source, this.sha256(), model, recipe, plan.layouts, learned)
 
-            def known() -> bool:
-                return inputs.done() and file_stamp(files) == read
-
-            with unfinished(out, left, content, known, watcher.say) as (folder, journal):
-                watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
+            with unfinished(out, left, content, this.knows_source, watcher.say) as (folder, journal):
                 with naming_need(plan.disk):
-                    poured = pour(
-                        calibrated.graph, plan.layouts, folder, watcher.advance, calibrated.quantize, threads, journal
-                    )
-                    require_unchanged(source.folder, stamp)
-                    manifest = build_manifest(source, inputs.result(), model, recipe, plan, poured, calibrated.record)
-                    require_unchanged(source.folder, stamp)
-                    with disk_errors(out):
-                        journal.write()
-                        write_licences(folder, manifest, licences)
-                        write_manifest(folder, manifest)
-                _note_source(source, manifest["source"]["files"], watcher)
-                verified, results = choices.verify and recipe.verify.enabled, None
-                passed = still_verified(journal.verified if verified else {}, manifest["targets"], EXPORTERS)
-                if poured.kept:
-                    watcher.say(taken_over(poured, passed))
-                if verified:
-
-                    def note(result: TargetResult) -> None:
-                        with disk_errors(out), naming_need(plan.disk):
-                            files = manifest["targets"][result.target]["files"]
-                            journal.add_verified(result.target, verified_record(result, files))
-
-                    results = verify(
-                        model, source, recipe, EXPORTERS, folder, poured.matrices, threads, watcher.say, passed, note
-                    )
-                    require_unchanged(source.folder, stamp)
-                with naming_need(plan.disk):
-                    _record(manifest, results, folder, out, signer)
+                    poured, manifest = _poured(this, model, plan, calibrated, folder, journal)
+                    results = _verified(this, model, poured, manifest, folder, journal)
+                    record_results(manifest, results, folder, out, signer)
                 journal.remove()
                 require_gates(manifest, results, folder, out)
                 with deferred_signals():  # nobody shall be told of an interruption that nothing was published
@@ -290,6 +285,61 @@ def _build(
     return manifest
 
 
+def _planned(this: _Build) -> tuple[Model, Plan]:
+    """The model, with the schemes that a budget chose, and what is to be written of it."""
+    recipe, watcher = this.recipe, this.watcher
+    memory = CostMemory(this.sha256, this.choices.fresh, watcher.say)
+    with fixed_blas():
+        opened = open_model(this.source, recipe)
+        model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
+    watcher.say("planning; kernels that were never used here are compiled")
+    plan = make_plan(model, recipe, EXPORTERS, this.threads, this.choices.verify)
+    return model, replace(plan, assignment=assignment)
+
+
+def _poured(
+    this: _Build, model: Model, plan: Plan, calibrated: Calibrated, folder: Path, journal: Journal
+) -> tuple[Poured, dict[str, Any]]:
+    """Write the artifacts, as far as they are not there, and the manifest."""
+    source, watcher = this.source, this.watcher
+    licences = licence_files(source.folder)
+    watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
+    quantize = calibrated.quantize
+    poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, quantize, this.threads, journal)
+    this.require_unchanged()
+    manifest = build_manifest(source, this.digests.result(), model, this.recipe, plan, poured, calibrated.record)
+    this.require_unchanged()
+    with disk_errors(this.out):
+        journal.write()
+        write_licences(folder, manifest, licences)
+        write_manifest(folder, manifest)
+    _note_source(source, manifest["source"]["files"], watcher)
+    return poured, manifest
+
+
+def _verified(
+    this: _Build, model: Model, poured: Poured, manifest: dict[str, Any], folder: Path, journal: Journal
+) -> Sequence[TargetResult] | None:
+    """The results of every target, those of a killed build among them; None if none are asked for."""
+    recipe, say = this.recipe, this.watcher.say
+    asked = this.choices.verify and recipe.verify.enabled
+    passed = still_verified(journal.verified if asked else {}, manifest["targets"], EXPORTERS)
+    if poured.kept:
+        say(taken_over(poured, passed))
+    if not asked:
+        return None
+
+    def note(result: TargetResult) -> None:
+        with disk_errors(this.out):
+            files = manifest["targets"][result.target]["files"]
+            journal.add_verified(result.target, verified_record(result, files))
+
+    matrices = poured.matrices
+    results = verify(model, this.source, recipe, EXPORTERS, folder, matrices, this.threads, say, passed, note)
+    this.require_unchanged()
+    return results
+
+
 def _note_source(source: Source, files: Mapping[str, str], watcher: Watcher) -> None:
     """For `tundish verify`, which finds Hub ids by name, and any other checkpoint by this."""
     if source.repo_id is None:
@@ -297,145 +347,6 @@ def _note_source(source: Source, files: Mapping[str, str], watcher: Watcher) -> 
             remember(files, source.folder)
         except ResourceError as error:  # no reason to give up a build
             watcher.say(f"`tundish verify` will need --model: {error}")
-
-
-def _record(
-    manifest: dict[str, Any],
-    results: Sequence[TargetResult] | None,
-    folder: Path,
-    out: Path,
-    signer: Signer | None = None,
-) -> None:
-    """Write the manifest, with what verification found, and what goes with it. What missed a gate is not signed."""
-    if results is not None:
-        manifest["verification"] = verification_record(results)
-    with disk_errors(out), deferred_signals():
-        write_papers(folder, manifest, None if failed_gates(results or ()) else signer)
-
-
-class FailedGatesError(GateError):
-    """Gates that were missed; `manifest` has every figure."""
-
-    def __init__(self, manifest: dict[str, Any], what: str, **parts: str) -> None:
-        super().__init__(what, **parts)
-        self.manifest = manifest
-
-
-def require_gates(manifest: dict[str, Any], results: Sequence[TargetResult] | None, folder: Path, out: Path) -> None:
-    """GateError if a gate failed, after moving the folder to `<out>.rejected`."""
-    failures = failed_gates(results or ())
-    if not failures:
-        return
-    rejected = reject(folder, rejected_name(out))
-    raise FailedGatesError(
-        manifest,
-        "verification failed, nothing is published",
-        found="; ".join(failures),
-        mend=f"The artifacts and their report are in {rejected} for a look.",
-    )
-
-
-def rejected_name(out: Path) -> Path:
-    """Where a build of `out` goes that missed a gate."""
-    return out.with_name(out.name + ".rejected")
-
-
-def failed_gates(results: Sequence[TargetResult]) -> list[str]:
-    """A phrase for every gate that failed."""
-    return [
-        f"{result.target} {gate.name}: "
-        + (f"{gate.figure:.4g} against {gate.threshold:g}" if gate.threshold else gate.detail)
-        for result in results
-        for gate in result.gates
-        if gate.passed is False
-    ]
-
-
-def verify_again(
-    folder: Path, model: str | None, threads: int | None, watcher: Watcher, key: Path | None = None
-) -> dict[str, Any]:
-    """Check a published folder: its files' digests, the signature if there is a public key in the file `key`, then
-    every gate anew.
-
-    Updates its manifest, report and cards, unless it is signed: what somebody put a name to stays as it is.
-    """
-    held = folder.resolve()
-    with holding(held, watcher.say):
-        restore(held, watcher.say)
-        return _verify_again(folder, model, threads or cores(), watcher, key)
-
-
-def _verify_again(folder: Path, model: str | None, count: int, watcher: Watcher, key: Path | None) -> dict[str, Any]:
-    intact = require_intact(folder, count, key)
-    watcher.say(intact.signature.value)
-    manifest = intact.manifest
-    recipe = recorded_recipe(manifest, folder)
-    source, stamp = recorded_source(manifest["source"], model, count)
-    digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
-    with blaming_changes(source.folder, stamp):
-        opened = with_recorded_schemes(open_model(source, recipe), recipe, manifest)
-        results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
-    require_unchanged(source.folder, stamp)
-    if intact.signature is Signature.NONE:
-        _record(manifest, results, folder, folder)
-    else:
-        manifest["verification"] = verification_record(results)
-        watcher.say("the folder is signed: its manifest and report stay as they are")
-    failures = failed_gates(results)
-    if failures:
-        raise FailedGatesError(manifest, "verification failed", where=str(folder), found="; ".join(failures))
-    return manifest
-
-
-def recorded_recipe(manifest: dict[str, Any], folder: Path) -> Recipe:
-    """The recipe in the manifest, as it was when the artifacts were built."""
-    try:
-        recipe = Recipe.model_validate(manifest["recipe"])
-    except ValidationError as error:
-        raise UsageError("the manifest's recipe is damaged", where=str(folder), found=str(error.errors()[0])) from error
-    if recipe_digest(recipe) != manifest["recipe_digest"] or {*recipe.targets} != {*map(Target, manifest["targets"])}:
-        raise GateError(
-            "the manifest's recipe was changed after the build",
-            where=str(folder),
-            mend="Build again with the recipe you want.",
-        )
-    return recipe
-
-
-def recorded_source(record: dict[str, Any], model: str | None, threads: int) -> tuple[Source, Stamp]:
-    """The checkpoint of the manifest, or --model; its files must be the recorded ones. And its stamp before.
-
-    UsageError if it is a local one and no build remembers where it was.
-    """
-    if model is not None:
-        source = find_source(model, None)
-    elif record["repo_id"]:
-        source = resolve_source(record["repo_id"], record["revision"])
-    elif record["name"] == SAMPLE:
-        source = find_source(SAMPLE, None)
-    else:
-        source = find_source(str(recall(record["files"]) or _only_sample(record["name"])), None)
-    stamp = source_stamp(source.folder)
-    found = source_digest(source.folder, threads)
-    differing = sorted(name for name in {**record["files"], **found} if found.get(name) != record["files"].get(name))
-    if differing:
-        raise UsageError(
-            "this is not the checkpoint that the artifacts were made from",
-            where=str(source.folder),
-            found=f"other contents in {', '.join(differing[:4])}",
-            mend="Give the checkpoint with --model.",
-        )
-    return source, stamp
-
-
-def _only_sample(name: str) -> str:
-    if name != SAMPLE:
-        raise UsageError(
-            "the checkpoint that the artifacts were made from is not where it was",
-            where=name,
-            mend="Give it with --model.",
-        )
-    return SAMPLE
 
 
 def cores() -> int:

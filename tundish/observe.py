@@ -12,7 +12,7 @@ from typing import Any
 
 from converters.errors import TundishError
 from tundish.events import Events, written
-from tundish.job import FailedGatesError
+from tundish.gates import FailedGatesError
 from tundish.manifest_file import read_manifest
 from tundish.metrics import Run, require_writable, write_metrics
 from tundish.recipe import load_recipe

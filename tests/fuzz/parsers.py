@@ -34,10 +34,10 @@ from tundish.calibration_cache import may_be_kept
 from tundish.chat_renderer import chat_renderer
 from tundish.inspection import inspect_path
 from tundish.integrity import require_intact
-from tundish.job import recorded_recipe
 from tundish.manifest_file import FORMAT, PROVENANCE, read_manifest
 from tundish.model import open_model
 from tundish.provenance import statement_bytes
+from tundish.recheck import recorded_recipe
 from tundish.recipe import load_recipe, recipe_digest
 from tundish.settle import with_recorded_schemes
 from tundish.source_card import read_source_card

@@ -20,9 +20,10 @@ from tests.converters.arrays import ArraySource
 from tests.tundish.tiny import QUIET, write_recipe
 from tundish.budget import _measured_costs, _Options
 from tundish.budget_size import parse_budget
-from tundish.job import Choices, build, plan_job, verify_again
+from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.plan import Plan, make_plan
+from tundish.recheck import verify_again
 from tundish.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,10 +18,11 @@ from exporters.base import Answer, Target
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish.comparison import Comparison, compare, failure_of, find_artifacts, remarks, table_rows
 from tundish.heldout import evaluation_text
-from tundish.job import Choices, build, verify_again
+from tundish.job import Choices, build
 from tundish.manifest_file import PAPERS, read_manifest
 from tundish.measure import tokens_per_second
 from tundish.papers import write_papers
+from tundish.recheck import verify_again
 from tundish.whereabouts import remember
 
 NAMES = ["float", "int4"]

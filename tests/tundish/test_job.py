@@ -33,9 +33,10 @@ from tundish import job, verify
 from tundish import publish as publishing
 from tundish.cache import collect
 from tundish.integrity import require_intact
-from tundish.job import Choices, Watcher, build, verify_again
+from tundish.job import Choices, Watcher, build
 from tundish.model import open_model
 from tundish.papers import sign_build
+from tundish.recheck import recorded_source, verify_again
 from tundish.recipe import load_recipe
 
 for module in ("xllamacpp", "onnxruntime_genai", "openvino_genai", "mlx_lm"):
@@ -106,18 +107,18 @@ def test_a_checkpoint_that_moved(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, first)
     recipe = write_recipe(tmp_path / "one.yaml", first, targets={"gguf": {}}, context=128)
     manifest = build(Choices(str(recipe), out=tmp_path / "out", verify=False), QUIET)
-    assert job.recorded_source(manifest["source"], None, 1)[0].folder == first
+    assert recorded_source(manifest["source"], None, 1)[0].folder == first
     collect(1, time.time(), QUIET.say)
-    assert job.recorded_source(manifest["source"], None, 1)[0].folder == first
+    assert recorded_source(manifest["source"], None, 1)[0].folder == first
     first.rename(tmp_path / "second")
     with pytest.raises(UsageError, match=r"not where it was \(first\).*--model"):
         verify_again(tmp_path / "out", None, 1, QUIET)
     (tmp_path / "second").rename(first)
     collect(-math.inf, time.time(), QUIET.say)
     with pytest.raises(UsageError, match="not where it was"):
-        job.recorded_source(manifest["source"], None, 1)
+        recorded_source(manifest["source"], None, 1)
     first.rename(tmp_path / "second")
-    source, _ = job.recorded_source(manifest["source"], str(tmp_path / "second"), 1)
+    source, _ = recorded_source(manifest["source"], str(tmp_path / "second"), 1)
     assert source.folder == tmp_path / "second"
     with pytest.raises(GateError, match="not signed"):
         verify_again(

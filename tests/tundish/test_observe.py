@@ -16,7 +16,7 @@ from converters.errors import ResourceError, UsageError
 from tests.tundish.tiny import QUIET, write_recipe
 from tundish import cli
 from tundish.events import Events, watching, written
-from tundish.job import FailedGatesError
+from tundish.gates import FailedGatesError
 from tundish.observe import build_titles, observing
 
 pytest.importorskip("prometheus_client")

@@ -1,0 +1,37 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exporters.target import Target
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `tundish recipes`) or a YAML file.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A checkpoint folder, a Hub id, or `sample`. Default: the recipe's own.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.")]
+TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
+BuildArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="Check the signature with this public Ed25519 key, PEM.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
+]
+EventsOption = Annotated[
+    str | None,
+    typer.Option("--events", metavar="FILE", help="Write progress there, a JSON object a line; - is stderr."),
+]
+MetricsOption = Annotated[
+    Path | None,
+    typer.Option("--metrics", metavar="FILE", envvar="TUNDISH_METRICS", help="A Prometheus textfile to write, .prom."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Where torch, if installed, computes a calibration: cuda, mps, cpu. Default: numpy."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
