@@ -5,7 +5,8 @@ python -m benchmarks.survive disk --model sample --sizes 20     (as root: mounts
 
 A build that nothing disturbs says what is right. `kill` sends SIGKILL at random moments of further ones, half of them
 while they write, then runs the same command again; --out may hold an earlier build. `disk` builds into a tmpfs of
-random size in which an earlier artifact is; while every second one runs, another process takes the rest of the space.
+random size in which an earlier artifact is, and then --filled times into one with room, the rest of which another
+process takes meanwhile: a build that has its files' space reserved by then ends well.
 """
 
 from __future__ import annotations
@@ -131,14 +132,14 @@ def fill(path: Path) -> None:
 
 
 def disk(options: argparse.Namespace) -> dict[str, int]:
-    """Counts: all three of `refused with 5`, `names the need` and `earlier intact` must be the number of sizes."""
+    """Counts: `refused with 5` and `names the need` must be all but what ended before, `earlier intact` must be all."""
     work, chance = options.work.absolute(), random.Random(options.seed)  # noqa: S311  # sizes, no secrets
     right, seconds = undisturbed(options, work / "right", False)
     need = sum(path.stat().st_size for path in (work / "right").rglob("*") if path.is_file())
     counts = Counter({"refused with 5": 0, "names the need": 0, "earlier intact": 0})
     mount = work / "disk"
-    for index in range(options.sizes):
-        filled = index % 2 == 1  # the plan fits, and then somebody else takes the space
+    for index in range(options.sizes + options.filled):
+        filled = index >= options.sizes  # the plan fits, and then somebody else takes the space
         room = need + (64 << 20) if filled else int(need * chance.uniform(0.02, 0.98))
         with small_disk(mount, need + room):
             shutil.copytree(work / "right", mount / "out")
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--verified", type=int, default=0, help="of the moments: builds that verify")
     parser.add_argument("--sizes", type=int, default=20)
+    parser.add_argument("--filled", type=int, default=0, help="further builds whose room is taken meanwhile")
     parser.add_argument("--kernels", type=float, default=0.0, help="seconds at the beginning in which nothing is hit")
     parser.add_argument("--writing", type=float, default=2.0, help="seconds in which a build writes and publishes")
     parser.add_argument("--seed", type=int, default=0)

@@ -38,7 +38,7 @@ def holding(out: Path, say: Callable[[str], None]) -> Iterator[None]:
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
     """Make the folder and those above it; at the end, remove those that are empty again."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]  # of a name too long as well
     with suppress(OSError):  # whoever writes there later is told
         folder.mkdir(parents=True, exist_ok=True)
     try:

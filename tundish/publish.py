@@ -187,9 +187,11 @@ def left_by_killed(
 ) -> Iterator[Path | None]:
     """The same for whoever holds `out`, but for one folder that is to be kept: the body has that, locked."""
     if sys.platform != "win32":
-        for path in out.parent.glob(f".{glob.escape(out.name)}.????????"):
-            with suppress(OSError):  # with anything in it, it is none whose maker was killed before it had a lock
-                path.rmdir()
+        with suppress(OSError):  # no such folder, and none can be: whoever writes there later is told
+            begun = [*out.parent.glob(f".{glob.escape(out.name)}.????????")]
+            for path in begun:
+                with suppress(OSError):  # with anything in it, it is none whose maker was killed before it had a lock
+                    path.rmdir()
     with ExitStack() as stack:
         yield _reclaim(out, say, keep, stack)
 

@@ -20,7 +20,7 @@ from converters.quantize.stream import Store
 from tests.tundish.test_calibration_cache import KEYS, ROOT, TEXT, built, contents
 from tests.tundish.tiny import write_recipe
 from tundish import cache, calibrate, calibration_progress
-from tundish.cache import calibration_folders, calibrations, entries, held
+from tundish.cache import Json, calibration_folders, calibrations, entries, held
 from tundish.calibration_progress import Workplace
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, and no locks")
@@ -278,10 +278,11 @@ def test_values_are_kept_wherever_they_lie(tmp_path: Path) -> None:
         folder.mkdir()
         values = {"x/y": store.put(array)}
         importance: Mapping[str, Any] = {"w": array[0, 0]}
-        Workplace(folder, {"key": {}}).keep_progress(None, Progress(7, values, {}, importance))
+        about: Json = {"key": {"method": "rtn"}, "model": "a", "text": "b"}
+        Workplace(folder, about).keep_progress(None, Progress(7, values, {}, importance))
         index = cache.read_index(folder)
         assert index is not None
-        again = Workplace(folder, {"key": {}})
+        again = Workplace(folder, about)
         again.take_over(index)
         found = again.progress(store)
         assert found is not None and found.index == 7 and not found.floats
