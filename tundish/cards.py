@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -18,11 +19,12 @@ _PERPLEXITIES = ("perplexity", "reference_perplexity")
 def model_card(manifest: dict[str, Any], target: str, card: Card) -> str:
     """Of one container of a build. All of it is from the manifest, which has the figures with all their digits."""
     source, entry = manifest["source"], manifest["targets"][target]
-    base = f"[{source['repo_id']}](https://huggingface.co/{source['repo_id']})" if source["repo_id"] else source["name"]
+    name = _plain(source["name"])
+    base = f"[{source['repo_id']}](https://huggingface.co/{source['repo_id']})" if source["repo_id"] else name
     revision = f", revision `{source['revision']}`" if source["revision"] else ""
     parts = [
         f"---\n{_front_matter(manifest, target, card)}---",
-        f"# {source['name']} for {card.runtime}",
+        f"# {name} for {card.runtime}",
         f"{base}{revision}, {_quantization(manifest)}, by tundish {manifest['tundish']}. {_size(entry)} "
         f"{entry['semantics']['sentence']}",
         "## Use",
@@ -33,6 +35,13 @@ def model_card(manifest: dict[str, Any], target: str, card: Card) -> str:
         _figures((manifest["verification"] or {}).get(target)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that means nothing else in Markdown, in a line: a folder may be called anything."""
+    return re.sub(
+        r"([\\`*_\[\]<>#|])", r"\\\1", " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())
+    )
 
 
 def _front_matter(manifest: dict[str, Any], target: str, card: Card) -> str:

@@ -258,7 +258,7 @@ def verify(
         with watcher(observed.events) as watching:
             if files_only:
                 intact = require_intact(folder, threads or cores(), key)
-                watching.say(intact.signature.value)
+                watching.say(f"files: as they were built; the figures are the build's. {intact.signature.value}")
                 manifest = observed.manifest = intact.manifest
             else:
                 manifest = observed.manifest = recheck.verify_again(folder, model, threads, watching, key)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from converters.errors import UsageError
+
 if sys.platform != "win32":
     import fcntl
 
+_NOTE_BYTES = 4096
 _PATIENCE = 0.2  # seconds between two looks; a lock that is waited for by the system would hold up signals
 
 
@@ -55,9 +60,13 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError:  # whoever writes beside `out` is told why that cannot be
-            return None
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise _no_lock(path, error.strerror or str(error)) from error
+            return None  # whoever writes beside `out` is told why that cannot be
         try:
+            if not _is_lock(descriptor):
+                raise _no_lock(path, "something else")
             if _locked(descriptor):
                 if _is_at(descriptor, path):
                     _sign(descriptor)
@@ -76,6 +85,25 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
             say(f"waiting for {out}, which {holder} holds")
             told = holder
         time.sleep(_PATIENCE)
+
+
+def _no_lock(path: Path, found: str) -> UsageError:
+    return UsageError(
+        "what lies where a build's lock would be is none",
+        where=str(path),
+        expected="no file, or one that names its holder",
+        found=found,
+        mend="Move it away, or choose another --out.",
+    )
+
+
+def _is_lock(descriptor: int) -> bool:
+    """Whether it is a file of ours, which may be written to: empty, or with a note, and of one name."""
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or state.st_size > _NOTE_BYTES:
+        return False
+    note = os.pread(descriptor, _NOTE_BYTES, 0)
+    return not note or note.startswith(b'{"pid": ')
 
 
 def _locked(descriptor: int) -> bool:
@@ -103,7 +131,7 @@ def _sign(descriptor: int) -> None:
 
 def _holder(descriptor: int) -> str:
     try:
-        note = json.loads(os.pread(descriptor, 4096, 0))
+        note = json.loads(os.pread(descriptor, _NOTE_BYTES, 0))
         return f"process {note['pid']} on {note['host']} since {note['since']}"
     except (OSError, ValueError, LookupError, TypeError):
         return "another process"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 MEMORY = "MEMORY"  # the resource that workers declare, in bytes, as Dask's documentation calls it
+_OWN = "127.0.0.1:0"  # a port that is free: Dask opens one, and by default to everybody
 _SHARE = 0.9  # of the free memory that builds may take
 _CONNECT = "10s"
 _WAIT = 30  # seconds for the first worker
@@ -74,7 +75,8 @@ def connected(scheduler: str | None, memory: int | None, cells: int) -> Iterator
                 threads_per_worker=min(cells, CPU_COUNT),
                 processes=False,
                 memory_limit=None,  # of this process, which does nothing but wait
-                dashboard_address=None,
+                dashboard_address=_OWN,
+                worker_dashboard_address=_OWN,
                 silence_logs=logging.ERROR,
                 resources={MEMORY: memory},
             )

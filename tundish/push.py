@@ -197,5 +197,5 @@ def _explain(error: Exception, repo: str) -> TundishError:
         "the push broke off",
         where=f"{repo} on {constants.ENDPOINT}",
         found=found,
-        mend="Push again: what has arrived is not sent twice.",
+        mend="See whether the Hub can be reached (HF_ENDPOINT), and push again: what has arrived is not sent twice.",
     )

@@ -120,7 +120,7 @@ def read_yaml(path: Path, problems: list[Problem], kind: str = "recipe") -> Loca
     file = display(path)
     text = _read_text(path, file, kind)
     try:
-        root = _parser().compose(text)
+        root = bounded_parser().compose(text)
     except MaxDepthExceededError as error:
         raise _too_deep(Where(file, error.problem_mark.line + 1), kind) from error
     except MarkedYAMLError as error:
@@ -237,7 +237,8 @@ def _read_text(path: Path, file: str, kind: str) -> str:
         raise Problem("not UTF-8 text", Where(file, line), found=f"byte 0x{data[error.start]:02x}").error() from error
 
 
-def _parser() -> YAML:
+def bounded_parser() -> YAML:
+    """Refuses what nests deeper than MAX_DEPTH. For composing: it gives nodes."""
     parser = YAML(typ="safe", pure=True)  # the C parser gives no composed nodes
     parser.max_depth = MAX_DEPTH + 1  # composing recurses once a level; a value counts as one, and _Reader is exact
     return parser
@@ -245,7 +246,7 @@ def _parser() -> YAML:
 
 @cache
 def _constructor() -> SafeConstructor:
-    return SafeConstructor(loader=_parser())
+    return SafeConstructor(loader=bounded_parser())
 
 
 def _too_deep(where: Where, kind: str) -> UsageError:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from converters.errors import ModelError
 from converters.json_file import inside
+from tundish.recipe_yaml import YAML_TAG, bounded_parser
 
 CARD = "README.md"
 _CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
@@ -37,12 +37,11 @@ def read_source_card(folder: Path) -> SourceCard:
     """Of the checkpoint in a folder; an empty one if it has no card, or one for people only. ModelError if the card is
     a link out of the folder."""
     front = _front_matter(folder)
-    languages = front.get("language")
     return SourceCard(
         licence=_text(front.get("license")),
         licence_name=_text(front.get("license_name")),
         licence_link=_text(front.get("license_link")),
-        languages=tuple(text for each in _list(languages) if (text := _text(each))),
+        languages=_texts(front.get("language")),
     )
 
 
@@ -67,7 +66,7 @@ def licence_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def _front_matter(folder: Path) -> Mapping[str, Any]:
+def _front_matter(folder: Path) -> Mapping[str, Node]:
     if not (folder / CARD).is_file():
         return {}
     with inside(folder, CARD).open(encoding="utf-8", errors="replace") as file:
@@ -75,15 +74,22 @@ def _front_matter(folder: Path) -> Mapping[str, Any]:
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:
-        front = YAML(typ="safe", pure=True).load(text[4:].split("\n---", 1)[0])
-    except (YAMLError, ValueError, KeyError, RecursionError, AssertionError):
+        front = bounded_parser().compose(text[4:].split("\n---", 1)[0])
+    except (YAMLError, ValueError, LookupError, RecursionError, AssertionError):
         return {}  # a card for humans whose head is no sound YAML states nothing
-    return front if isinstance(front, dict) else {}
+    if not isinstance(front, MappingNode):
+        return {}
+    return {key.value: value for key, value in front.value if isinstance(key, ScalarNode)}
 
 
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
+def _texts(node: Node | None) -> tuple[str, ...]:
+    """Of a list or a single value. Nodes are looked at as they are written: aliases and tags may come to anything."""
+    nodes = node.value if isinstance(node, SequenceNode) else [node]
+    return tuple(text for each in nodes if (text := _text(each)))
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.isprintable() and value.strip() else None
+def _text(node: Node | None) -> str | None:
+    if not isinstance(node, ScalarNode) or str(node.tag) != f"{YAML_TAG}str":
+        return None
+    text = str(node.value)
+    return text if text.isprintable() and text.strip() else None

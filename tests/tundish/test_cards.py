@@ -17,7 +17,7 @@ from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tests.tundish.test_report import gate
 from tests.tundish.test_report import manifest as report_manifest
-from tundish.cards import model_card
+from tundish.cards import _plain, model_card
 from tundish.manifest_file import read_manifest
 from tundish.source_card import SourceCard, licence_files, read_source_card
 
@@ -84,6 +84,24 @@ def test_figures_are_those_of_the_manifest() -> None:
 def test_what_the_source_states(tmp_path: Path, card: str, expected: SourceCard) -> None:
     (tmp_path / "README.md").write_text(card)
     assert read_source_card(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "a0: &a0 {x0: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}*a{n - 1}]}}\n" for n in range(1, 12)),
+        "a: " + "[" * 3000,
+        'license: !!int ""',
+        'license: !!float "_"',
+    ],
+)
+def test_a_hostile_card_states_nothing_and_ends(tmp_path: Path, head: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    assert read_source_card(tmp_path) == SourceCard()
+
+
+def test_a_name_is_no_markup() -> None:
+    assert _plain("e\n# [x](http:evil) \x1b a_b") == r"e \# \[x\](http:evil) a\_b"
 
 
 def test_licences_go_along(tmp_path: Path) -> None:

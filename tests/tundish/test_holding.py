@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from converters.errors import UsageError
 from tundish import holding as module
 from tundish.holding import holding
 
@@ -116,6 +117,25 @@ def test_a_holder_that_left_no_name(tmp_path: Path, note: bytes) -> None:
 
 def test_where_no_lock_can_be_made_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / ".out.lock").symlink_to(tmp_path / "file")
-    with holding(tmp_path / "file" / "out", pytest.fail), holding(tmp_path / "out", pytest.fail):
-        assert (tmp_path / "file").read_bytes() == b"", "a link is not followed"
+    with holding(tmp_path / "file" / "out", pytest.fail):
+        assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["file", "second name", "link", "folder", "pipe"])
+def test_what_is_no_lock_is_left_as_it_is(tmp_path: Path, kind: str) -> None:
+    lock, other = tmp_path / ".out.lock", tmp_path / "precious"
+    other.write_text("precious")
+    if kind == "file":
+        lock.write_text("precious")
+    elif kind == "second name":
+        lock.hardlink_to(other)
+    elif kind == "link":
+        lock.symlink_to(other)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(UsageError, match="lock would be is none"), holding(tmp_path / "out", print):
+        pass
+    assert other.read_text() == "precious" and os.path.lexists(lock)
+    assert kind != "file" or lock.read_text() == "precious"
