@@ -164,6 +164,7 @@ def matrix(
 ) -> None:
     """Build every recipe of a file for every model of it, as many at once as memory and cores allow."""
     from tundish import matrix as matrices
+    from tundish.folder_name import require_folder_name
     from tundish.matrix_cluster import parse_memory
     from tundish.matrix_file import load_matrix
     from tundish.observe import observing
@@ -172,7 +173,7 @@ def matrix(
     with observing("matrix", (file.stem, ""), events, metrics) as observed:
         asked = load_matrix(file)
         nbytes = None if memory is None else parse_memory(memory)
-        into = (out or asked.out or Path("dist") / file.stem).absolute()
+        into = (out or asked.out or Path("dist") / require_folder_name(file.stem, str(file))).absolute()
         options = matrices.Options(into, scheduler, nbytes, threads, fresh)
         with people(observed.events) as told:
             outcomes = matrices.run_matrix(asked, options, observed.events, told.say)

@@ -18,6 +18,7 @@ from tundish.job import Watcher
 
 _INTERVAL = 1.0  # seconds between two `progress` lines of a phase
 STANDARD_ERROR = "-"
+_MAX_LINE = 1 << 20  # bytes read of a file to see whose it is
 
 Event = Mapping[str, Any]  # Any: JSON, written and never read
 
@@ -99,7 +100,8 @@ def watching(events: Events, also: Watcher) -> Watcher:
 def written(file: str | None) -> Iterator[Events]:
     """Events that go to a file, a line each, or to standard error if it is `-`; nowhere if there is none.
 
-    A file that cannot be written to any more ends the lines, not the command.
+    UsageError for a file that is neither empty nor of earlier events. One that cannot be written to any more ends the
+    lines, not the command.
     """
     if file is None:
         yield Events(lambda event: None)
@@ -107,12 +109,35 @@ def written(file: str | None) -> Iterator[Events]:
         yield Events(_writer(sys.stderr.buffer, "standard error"), alone=True)
     else:
         try:
+            _require_own(Path(file))
             stream = Path(file).open("wb", buffering=0)  # noqa: SIM115  # only opening it may fail here
         except OSError as error:
             what = f"cannot write events: {error.strerror}"
             raise UsageError(what, where=file, mend="Choose another --events.") from error
         with stream:
             yield Events(_writer(stream, file))
+
+
+def _require_own(path: Path) -> None:
+    """UsageError if the file holds anything but events. OSError if it cannot be read."""
+    if not path.exists() or path.is_char_device():
+        return
+    mend = "Choose another --events."
+    if not path.is_file():  # a pipe would be waited for
+        raise UsageError("cannot write events: not a file", where=str(path), mend=mend)
+    with path.open("rb") as stream:
+        first = stream.readline(_MAX_LINE)
+    if first and not _is_event(first):
+        expected = "nothing, or events of an earlier command"
+        raise UsageError("--events holds another file", where=str(path), expected=expected, mend=mend)
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(event, dict) and {"event", "time"} <= event.keys()
 
 
 def _writer(stream: IO[bytes], name: str) -> Callable[[Event], None]:
@@ -123,7 +148,7 @@ def _writer(stream: IO[bytes], name: str) -> Callable[[Event], None]:
         if ended:
             return
         try:
-            stream.write((json.dumps(event, ensure_ascii=False) + "\n").encode())
+            stream.write((json.dumps(event, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             stream.flush()
         except OSError as error:
             ended = True

@@ -68,6 +68,8 @@ def make_imatrix(choices: Choices, file: Path, form: Form | None, watcher: Watch
                     made, means, chunks=read.sequences, chunk_size=read.length, datasets=[name], legacy=legacy
                 )
                 nbytes, sha256 = made.stat().st_size, sha256_of([made])[made]
+                _require_file(path)  # somebody may have put something there meanwhile
+                _require_replaceable(path, model)
                 made.replace(path)
     watcher.say(f"written: {path}")
     return {

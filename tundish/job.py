@@ -43,6 +43,7 @@ from tundish.calibration_cache import is_kept, keeping, key_of, may_be_kept
 from tundish.cost_cache import CostMemory
 from tundish.disk import disk_errors, naming_need
 from tundish.estimate import estimate_time
+from tundish.folder_name import require_folder_name
 from tundish.gates import record_results, rejected_name, require_gates
 from tundish.holding import holding
 from tundish.journal import Journal, has_journal
@@ -185,8 +186,8 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
 
 
 def output(choices: Choices, recipe: Recipe) -> Path:
-    """The folder that a build writes."""
-    return (choices.out or Path("dist") / recipe.name).absolute()
+    """The folder that a build writes. UsageError if it is to have the recipe's name, and that is no folder's."""
+    return (choices.out or Path("dist") / require_folder_name(recipe.name, choices.recipe)).absolute()
 
 
 @telling_lines

@@ -17,6 +17,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from converters.errors import UsageError
+from tundish.folder_name import EXPECTED, folded, is_folder_name
 from tundish.recipe import Recipe, load_recipe
 from tundish.recipe_errors import locate, problems_of
 from tundish.recipe_yaml import Located, Problem, raise_all, read_yaml
@@ -25,13 +26,24 @@ KIND = "matrix"
 
 
 def _folder_name(name: str) -> str:
-    if not name.strip() or name.startswith(".") or any(sign in name for sign in "/\\\0"):
-        raise ValueError("the name of a folder")
+    if not is_folder_name(name):
+        raise ValueError(EXPECTED)
     return name
+
+
+def _place(source: str) -> str:
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # the home folder of nobody, a NUL, a name too long
+        raise ValueError(f"a Hugging Face id, the path of a folder, or 'sample' ({error})") from error
+    return source
 
 
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(_folder_name)]
+Place = Annotated[Text, AfterValidator(_place)]
 
 
 class _Part(BaseModel):
@@ -41,7 +53,7 @@ class _Part(BaseModel):
 class MatrixModel(_Part):
     """A checkpoint, and what its folder of results and its rows are called."""
 
-    source: Text = Field(description="a Hugging Face id, the path of a folder, or 'sample'")
+    source: Place = Field(description="a Hugging Face id, the path of a folder, or 'sample'")
     revision: Text | None = Field(default=None, description="branch, tag or commit of a Hugging Face id")
     name: Name | None = Field(default=None, description="by default the last part of the source")
 
@@ -110,14 +122,16 @@ def load_matrix(path: Path) -> Matrix:
     asked = [*_product(matrix, located, known), *_included(matrix, located, known)]
     problems += _ambiguous([(model, at) for model, _, at in asked])
     recipes = _recipes(asked, problems)
-    cells: dict[str, Cell] = {}
+    cells: dict[str, Cell] = {}  # by what tells their folders apart
     for model, recipe, at in asked:
         if recipe not in recipes:
             continue
         cell = Cell(model, recipes[recipe])
-        if cell.name in cells:
-            problems.append(Problem(f"{cell.name} is there twice", at.where, mend="Leave one of the two out."))
-        cells[cell.name] = cell
+        key = f"{folded(model.title)}/{folded(cell.recipe.name)}"
+        if key in cells:
+            also = "" if cells[key].name == cell.name else f", also as {cells[key].name}"
+            problems.append(Problem(f"{cell.name} is there twice{also}", at.where, mend="Leave one of the two out."))
+        cells[key] = cell
     if not asked:
         expected = "models and recipes, or include"
         problems.append(Problem("a matrix without a cell", located.where, expected))
@@ -169,13 +183,12 @@ def _ambiguous(asked: list[tuple[MatrixModel, Located]]) -> Iterator[Problem]:
     """A problem for every model whose name another has, or that has none."""
     first: dict[str, MatrixModel] = {}
     for model, at in asked:
-        try:
-            _folder_name(model.title)
-        except ValueError:
-            yield Problem("a model without a name", at.where, found=model.source, mend="Give it a `name`.")
+        if not is_folder_name(model.title):
+            yield Problem("a model without a name", at.where, EXPECTED, repr(model.source), "Give it a `name`.")
             continue
-        if first.setdefault(model.title, model) != model:
-            found = f"{first[model.title].source} and {model.source}"
+        other = first.setdefault(folded(model.title), model)
+        if other != model:
+            found = f"{other.source} and {model.source}"
             yield Problem(f"two models are called {model.title}", at.where, found=found, mend="Give one a `name`.")
 
 
@@ -187,8 +200,15 @@ def _recipes(asked: list[Asked], problems: list[Problem]) -> dict[str, Recipe]:
         if name in recipes or name in failed:
             continue
         try:
-            recipes[name] = load_recipe(name)
+            recipe = load_recipe(name)
         except UsageError as error:
             failed.add(name)
             problems.append(Problem(f"recipe {name}: {error}".rstrip("."), at.where))
+            continue
+        if is_folder_name(recipe.name):
+            recipes[name] = recipe
+        else:
+            failed.add(name)
+            mend = "Rename its file."
+            problems.append(Problem(f"recipe {name!r} names no folder", at.where, EXPECTED, repr(recipe.name), mend))
     return recipes

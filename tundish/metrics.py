@@ -8,6 +8,7 @@ they do not end at the same moment.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ _FAILURES = "tundish_failures"
 _FAILURE_LABELS = (*_RUN, "status")
 _OF_ARTIFACTS = [name for name, (labels, _) in _GAUGES.items() if "target" in labels]
 
+_MEND = "Choose another --metrics."
+
 Samples = dict[str, dict[tuple[str, ...], float]]
 
 
@@ -54,17 +57,19 @@ class Run:
 
 
 def require_writable(path: Path) -> None:
-    """UsageError unless metrics can be written there: better before a build than after."""
+    """UsageError unless metrics can be written there, to no file or one of ours: better before a build than after."""
     if importlib.util.find_spec("prometheus_client") is None:
         raise UsageError("--metrics needs prometheus_client", mend="pip install 'tundish[metrics]'")
     if path.suffix != ".prom":
         raise UsageError("the textfile collector reads files that end in .prom", where=str(path))
     if not path.absolute().parent.is_dir():
-        raise UsageError("no such folder", where=str(path.absolute().parent), mend="Choose another --metrics.")
+        raise UsageError("no such folder", where=str(path.absolute().parent), mend=_MEND)
+    with disk_errors(path):
+        _read(path)
 
 
 def write_metrics(path: Path, runs: list[Run]) -> None:
-    """Add these runs to the file. ResourceError if it cannot be written."""
+    """Add these runs to the file. ResourceError if it cannot be written, UsageError if it is not of ours."""
     from prometheus_client import CollectorRegistry, write_to_textfile
 
     with disk_errors(path):
@@ -95,21 +100,34 @@ class _Samples:
 
 
 def _read(path: Path) -> Samples:
-    """What the file says; nothing if there is none, or one that is not of ours."""
+    """What the file says; nothing if there is none. UsageError if it is not of ours, or no file."""
     from prometheus_client.parser import text_string_to_metric_families
 
     labels = {name: of for name, (of, _) in _GAUGES.items()} | {_FAILURES: _FAILURE_LABELS}
     samples: Samples = {name: {} for name in labels}
-    try:
-        families = list(text_string_to_metric_families(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
+    if not os.path.lexists(path):
         return samples
+    if not path.is_file():  # a pipe would be waited for
+        raise UsageError("--metrics is not a file", where=str(path), mend=_MEND)
+    try:
+        text = path.read_text(encoding="utf-8")
+        families = list(text_string_to_metric_families(text))
+    except ValueError as error:
+        raise _other(path, f"what is no metrics: {error}") from error
+    others = [family.name for family in families if family.name.removesuffix("_total") not in labels]
+    if others or (text.strip() and not families):
+        raise _other(path, ", ".join(others[:3]) or "no metrics")
     for family in families:
         for sample in family.samples:
             name = sample.name.removesuffix("_total")
             if name in labels and sample.labels.keys() == {*labels[name]}:
                 samples[name][tuple(sample.labels[label] for label in labels[name])] = sample.value
     return samples
+
+
+def _other(path: Path, found: str) -> UsageError:
+    expected = "nothing, or metrics that tundish wrote"
+    return UsageError("--metrics holds another file", where=str(path), expected=expected, found=found, mend=_MEND)
 
 
 def _add(samples: Samples, run: Run) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from converters.errors import UsageError
 from converters.generation import read_generation
 from converters.load import load_graph
@@ -20,6 +22,11 @@ def find_source(model: str, revision: str | None) -> Source:
     """The checkpoint folder of a path, a Hub id or the word `sample`, downloaded or made if need be."""
     if not model.strip():
         raise UsageError("no model given", expected="a folder, a Hub id or `sample`", found=repr(model))
+    try:
+        Path(model).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # the home folder of nobody, links in a circle, a NUL
+        expected = "a folder, a Hub id or `sample`"
+        raise UsageError("no such model", where=repr(model), expected=expected, found=str(error)) from error
     if model == SAMPLE:
         from tundish.sample import cached_sample  # its dependencies are needed for the sample alone
 

@@ -105,5 +105,8 @@ def artifact_titles(folder: Path) -> Titles:
 
 
 def model_title(model: str) -> str:
-    """The last part of a folder or a Hub id."""
-    return Path(model).expanduser().resolve().name if model else ""
+    """The last part of a folder or a Hub id, also of a path that leads nowhere."""
+    try:
+        return Path(model).expanduser().resolve().name if model else ""
+    except (OSError, RuntimeError, ValueError):  # as find_source tells, when the build comes to it
+        return Path(model).name

@@ -493,8 +493,12 @@ def _plain(recipe: Recipe) -> dict[str, Json]:
 def _find(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith((SUFFIX, ".yml")) or "/" in text or "\\" in text:
-        path = Path(name_or_path).expanduser()
-        if not path.is_file():
+        try:
+            path = Path(name_or_path).expanduser()
+            is_file = path.is_file()
+        except (OSError, RuntimeError) as error:  # a name too long, no permission; the home folder of nobody
+            raise UsageError("no such recipe file", where=text, found=str(error)) from error
+        if not is_file:
             raise UsageError("no such recipe file", where=text)
         return path
     names = recipe_names()

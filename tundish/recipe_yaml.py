@@ -201,7 +201,7 @@ def _read_file(path: Path, library: Path) -> File:
 
 def _base(extends: Located, path: Path, resolved: Path, library: Path) -> Path:
     name = extends.value
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         found = repr(extends.plain())
         raise Problem("wrong value for extends", extends.where, "the name or path of a recipe", found).error()
     file = name if name.endswith((SUFFIX, ".yml")) else name + SUFFIX

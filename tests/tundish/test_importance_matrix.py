@@ -119,6 +119,20 @@ def test_what_is_something_else_stays(checkpoint: Path, tmp_path: Path, monkeypa
         assert out.read_bytes() == content
 
 
+def test_what_appears_meanwhile_stays(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, write = tmp_path / "i.gguf", write_imatrix
+
+    def while_it_runs(path: Path, *arguments: Any, **names: Any) -> None:
+        out.write_text("my notes")
+        write(path, *arguments, **names)
+
+    monkeypatch.setattr(importance_matrix, "write_imatrix", while_it_runs)
+    with pytest.raises(UsageError, match="--out holds another file"):
+        make_imatrix(Choices(str(recipe(tmp_path, checkpoint, RANDOM))), out, None, QUIET)
+    assert out.read_text() == "my notes"
+    assert {each.name for each in tmp_path.iterdir()} == {"i.gguf", "r.yaml"}
+
+
 def test_nothing_is_left_of_one_that_failed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path, *arguments: object, **names: object) -> None:
         path.write_bytes(b"half")

@@ -437,3 +437,17 @@ def test_a_build_reclaims_what_a_killed_one_left(checkpoint: Path, tmp_path: Pat
     build(Choices(str(recipe), out=tmp_path / "out", verify=False), watcher)
     assert not left.exists() and told[0].startswith(f"removed: {left}")
     assert told[-2:] == ["published", f"written: {tmp_path / 'out'}"]
+
+
+@pytest.mark.parametrize("file", ["..yaml", "...yaml"])
+def test_a_recipe_whose_name_names_no_folder(tmp_path: Path, file: str) -> None:
+    path = write_recipe(tmp_path / file, tmp_path)
+    with pytest.raises(UsageError, match=r"names no folder.*or choose --out"):
+        build(Choices(str(path)), QUIET)
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/x", "a\0b"])
+def test_a_model_that_is_no_path(tmp_path: Path, model: str) -> None:
+    path = write_recipe(tmp_path / "r.yaml", tmp_path)
+    with pytest.raises(UsageError, match="no such model"):
+        build(Choices(str(path), model=model, out=tmp_path / "out"), QUIET)

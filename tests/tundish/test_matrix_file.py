@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
         ("models: [a/x]\nrecipes: [phi35-mac-int4]\nexclude: [{}]\n", 3, "an exclusion of nothing"),
         ("models: [a/x]\n", 1, "a matrix without a cell"),
         ("- sample\n", 1, "not a matrix"),
+        ('models:\n- "a\\0b"\nrecipes: [phi35-mac-int4]\n', 2, "wrong value for models.0.*null"),
+        ("models:\n- ~nobody-of-this-name/x\nrecipes: [phi35-mac-int4]\n", 2, "wrong value for models.0.*home"),
+        ("models: [sample]\nrecipes:\n- ~nobody-of-this-name/x.yaml\n", 3, "no such recipe file.*home"),
+        ('models: [sample]\nrecipes:\n- "./a\\0b.yaml"\n', 3, "no such recipe file"),
+        ("models: [a/Straße, b/STRASSE]\nrecipes: [phi35-mac-int4]\n", 2, "two models are called STRASSE"),
+        ('models: [a/é, "b/e\\u0301"]\nrecipes: [phi35-mac-int4]\n', 2, "two models are called"),
+        ("models: [/]\nrecipes: [phi35-mac-int4]\n", 2, "a model without a name"),
         ("models: 3\nrecipes: [x]\n", 1, "wrong value for models.*expected a list"),
     ],
 )
@@ -74,6 +82,30 @@ def test_mistakes_are_told_with_their_line(tmp_path: Path, text: str, line: int,
     with pytest.raises(UsageError, match=said) as caught:
         cells(tmp_path, text)
     assert f"m.yaml:{line})" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", " ", ".a", "a/b", r"a\\b", r"a\nb", r"a\x7f", r"a\0", r"a\ud800", "a" * 256, "é" * 128]
+)
+def test_names_that_no_folder_has(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"models\.0\.name \(.*m\.yaml:2\); expected the name of a folder"):
+        cells(tmp_path, f'models:\n- {{source: a/x, name: "{name}"}}\nrecipes: [phi35-mac-int4]\n')
+
+
+@pytest.mark.parametrize("file", ["..yaml", "...yaml", ".a.yaml", "a\tb.yaml"])
+def test_recipe_files_that_name_no_folder(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text("extends: phi35-mac-int4\n")
+    recipe = json.dumps(str(tmp_path / file))
+    with pytest.raises(UsageError, match=r"names no folder \(.*m\.yaml:3\).*Rename its file"):
+        cells(tmp_path, f"models: [a/x]\nrecipes:\n- {recipe}\n")
+
+
+def test_recipes_that_some_file_systems_take_for_one(tmp_path: Path) -> None:
+    for name in ("Mine", "mine"):
+        (tmp_path / f"{name}.yaml").write_text("extends: phi35-mac-int4\n")
+    recipes = [str(tmp_path / f"{name}.yaml") for name in ("Mine", "mine")]
+    with pytest.raises(UsageError, match="x/mine is there twice, also as x/Mine"):
+        cells(tmp_path, f"models: [a/x]\nrecipes: {recipes}\n")
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:

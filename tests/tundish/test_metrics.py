@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,28 @@ def test_a_target_that_is_gone_is_told_no_more(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_of_others_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ["tundish_gate_passed{nonsense=\n", 'other{a="b"} 1\n', "# TYPE other gauge\n", "# notes\n"]
+)
+def test_a_file_of_others_stays(tmp_path: Path, content: str) -> None:
     path = tmp_path / "t.prom"
-    path.write_text("tundish_gate_passed{nonsense=\n")
-    write_metrics(path, [run()])
-    assert samples(path)["tundish_last_run_exit_status", *OF] == 0
-    path.write_text('other{a="b"} 1\ntundish_last_run_exit_status{command="x"} 2\n')
-    write_metrics(path, [run()])
-    assert not [key for key in samples(path) if key[0] == "other" or key[1:] == ("x",)]
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"another file.*expected nothing, or metrics that tundish wrote"):
+        require_writable(path)
+    with pytest.raises(UsageError, match="another file"):
+        write_metrics(path, [run()])
+    assert path.read_text() == content
+
+
+def test_a_file_of_ours_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "t.prom"
+    path.write_text('tundish_last_run_exit_status{command="x"} 2\n')
+    for status in (0, 4, 0):
+        require_writable(path)
+        write_metrics(path, [run(status)])
+    found = samples(path)
+    assert found["tundish_failures_total", *OF, "4"] == 1
+    assert not [key for key in found if key[1:] == ("x",)], "labels of another version"
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -93,7 +108,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         require_writable(tmp_path / "t.txt")
     with pytest.raises(UsageError, match="no such folder"):
         require_writable(tmp_path / "absent" / "t.prom")
-    (tmp_path / "t.prom").mkdir()
     with pytest.raises(ResourceError, match="cannot write"):
-        write_metrics(tmp_path / "t.prom", [run()])
+        write_metrics(tmp_path / "absent" / "t.prom", [run()])
+    (tmp_path / "t.prom").mkdir()
+    os.mkfifo(tmp_path / "pipe.prom")
+    for name in ("t.prom", "pipe.prom"):
+        with pytest.raises(UsageError, match="not a file"):
+            require_writable(tmp_path / name)
+        with pytest.raises(UsageError, match="not a file"):
+            write_metrics(tmp_path / name, [run()])
+    (tmp_path / "pipe.prom").unlink()
     assert [each.name for each in tmp_path.iterdir()] == ["t.prom"]

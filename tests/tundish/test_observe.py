@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -132,16 +133,39 @@ def test_a_reader_of_events_that_leaves_ends_no_build(tmp_path: Path, capfd: pyt
 
 
 def test_metrics_that_cannot_be_written_fail_what_else_succeeded(tmp_path: Path) -> None:
-    (tmp_path / "m.prom").mkdir()
-    events = tmp_path / "e.jsonl"
-    with (
-        pytest.raises(ResourceError, match="cannot write"),
-        observing("build", ("r", "m"), str(events), tmp_path / "m.prom"),
-    ):
-        pass
-    assert lines_of(events.read_text())[-1]["status"] == 5
-    with pytest.raises(UsageError, match="mine"), observing("build", ("r", "m"), None, tmp_path / "m.prom"):
+    events, metrics = tmp_path / "e.jsonl", tmp_path / "m.prom"
+    with pytest.raises(UsageError, match="not a file"), observing("build", ("r", "m"), str(events), metrics):
+        metrics.mkdir()
+    assert lines_of(events.read_text())[-1]["status"] == 2
+    metrics.rmdir()
+    with pytest.raises(UsageError, match="mine"), observing("build", ("r", "m"), None, metrics):
+        metrics.mkdir()
         raise UsageError("mine")
+
+
+def test_events_replace_events_alone(tmp_path: Path) -> None:
+    file = tmp_path / "e.jsonl"
+    for content in ("extends: phi35-mac-int4\n", "{}\n", "[1]\n", "\n", '{"event": "a"}\n', "[" * 100_000):
+        file.write_text(content)
+        with pytest.raises(UsageError, match="--events holds another file"), written(str(file)):
+            pytest.fail("it is told before")
+        assert file.read_text() == content
+    file.write_text("")
+    for text in ("a", "b\udc80"):
+        with written(str(file)) as events:
+            events.emit("message", message=text)
+        assert [event["message"] for event in lines_of(file.read_text())] == [text]
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UsageError, match="not a file"), written(str(path)):
+            pytest.fail("it is told before")
+
+
+def test_metrics_of_others_are_told_before(tmp_path: Path) -> None:
+    metrics = tmp_path / "m.prom"
+    metrics.write_text("other 1\n")
+    with pytest.raises(UsageError, match="found other"), observing("build", ("r", "m"), None, metrics):
+        pytest.fail("it is told before")
 
 
 def test_titles_are_the_same_whatever_happens(tmp_path: Path) -> None:
@@ -149,4 +173,6 @@ def test_titles_are_the_same_whatever_happens(tmp_path: Path) -> None:
     assert build_titles(str(recipe), None) == ("r", "some model")
     assert build_titles(str(recipe), "org/name") == ("r", "name")
     assert build_titles("./absent.yaml", None) == ("absent", "")
+    assert build_titles("phi35-mac-int4", "~nobody-of-this-name/x") == ("phi35-mac-int4", "x")
+    assert build_titles("phi35-mac-int4", "a\0/x") == ("phi35-mac-int4", "x")
     assert build_titles("phi35-mac-int4", "sample") == ("phi35-mac-int4", "sample")
