@@ -243,12 +243,12 @@ def remove(folder: Path) -> bool:
 @contextmanager
 def held(folder: Path) -> Iterator[Callable[[], None] | None]:
     """Have a folder alone; yields what lets others use it as well from then on, but not remove it. None if another
-    uses it, it is not there, or the system has no such locks."""
+    uses it, it is not there, it is a link, or the system has no such locks."""
     if sys.platform == "win32":
         yield None
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         yield None
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +44,7 @@ from tundish.calibrate import CalibrationText, Find, Findings, Keep, title_of
 from tundish.calibration_progress import IMPORTANCE, SCALES, Workplace, load_arrays, save_arrays
 from tundish.calibration_text import digest
 from tundish.disk import cache_errors, disk_errors
-from tundish.publish import staging
+from tundish.publish import is_plain, remove_any, staging
 from tundish.recipe import Recipe
 
 CALIBRATION_VERSION = 2  # to be raised whenever the same key comes to other findings
@@ -184,13 +184,14 @@ def _workplace(
 ) -> tuple[Workplace, Callable[[], None]]:
     """Where to make an entry, which nobody else uses as long as `stack` is open; and what lets others use it as well.
 
-    It is where an earlier build was killed, if there is one. Where another build is at it now, it is a new one, of
-    which nothing is kept before it is finished.
+    It is where an earlier build was killed, if there is one. Where another build is at it now, or what has its name is
+    no folder, it is a new one, of which nothing is kept before it is finished.
     """
     begun = unfinished(key.folder)
     if fresh:
         remove(begun)
-    begun.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # what is no folder is not held either
+        begun.mkdir(parents=True)
     share = stack.enter_context(held(begun))
     if share is None:
         made = stack.enter_context(staging(key.folder, cache_errors)) / "entry"
@@ -198,6 +199,9 @@ def _workplace(
         held_open = stack.enter_context(held(made))
         return Workplace(made), held_open or (lambda: None)
     place = Workplace(begun, {"key": key.parts, "model": key.model, "text": key.text}, say)
+    for path in begun.iterdir():
+        if not is_plain(path):  # no build made that
+            remove_any(path)
     index = read_index(begun)
     known = index["files"] if index is not None and index["key"] == key.parts and "reached" in index else {}
     for path in begun.iterdir():

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,27 +111,40 @@ def has_journal(folder: Path) -> bool:
 
 
 def read_journal(folder: Path) -> Found | None:
-    """The journal of an unfinished folder; None if there is none, or not even its first line is sound."""
+    """The journal of an unfinished folder; None if there is none, or not even its first line is sound.
+
+    None is it too if it cannot be gone on with, or if a line has its digest and is not of a journal.
+    """
     try:
-        file = os.open(folder / JOURNAL, os.O_RDONLY | os.O_NOFOLLOW)
+        # Not waiting: it may be a pipe. For writing: a build that goes on adds to it.
+        file = os.open(folder / JOURNAL, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(file, "rb") as opened:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                return None
             lines = opened.read().split(b"\n")[:-1]  # without its end, a line was cut off
     except OSError:
         return None
-    entries = list(_sound(lines))
-    if not entries or entries[0][0] != _FORMAT:
-        return None
+    sound = _sound(lines)
     blocks: dict[Rows, Done] = {}
     verified: dict[str, dict[str, Any]] = {}
-    for kind, *parts in entries[1:]:
-        if kind == "block":
-            name, start, stop, packed, leaves = parts
-            blocks[name, start, stop] = Done(packed, bytes.fromhex(leaves))
-        else:
-            target, record = parts
-            verified[target] = record
-    nbytes = sum(len(line) + 1 for line in lines[: len(entries)])
-    return Found(entries[0][1], blocks, verified, nbytes)
+    try:
+        head, *entries = map(json.loads, sound)
+        for entry in entries:
+            match entry:
+                case ["block", str(name), int(start), int(stop), str(packed), str(leaves)]:
+                    blocks[name, start, stop] = Done(packed, bytes.fromhex(leaves))
+                case ["verified", str(target), dict(record)]:
+                    verified[target] = record
+                case _:
+                    return None
+    except (ValueError, RecursionError):  # no first line, or one that has its digest and is no JSON
+        return None
+    match head:
+        case [int(form), str(key)] if form == _FORMAT:
+            nbytes = sum(len(line) + 1 for line in lines[: len(sound)])
+            return Found(key, blocks, verified, nbytes)
+    return None
 
 
 def _line(entry: list[Any]) -> str:
@@ -138,11 +152,12 @@ def _line(entry: list[Any]) -> str:
     return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n"
 
 
-def _sound(lines: list[bytes]) -> Iterator[list[Any]]:
-    """The entries up to the first line that is not what was written."""
+def _sound(lines: list[bytes]) -> list[bytes]:
+    """The texts up to the first line that is not what was written."""
+    texts = []
     for line in lines:
         digest, _, text = line.partition(b" ")
         if xxhash.xxh3_64_hexdigest(text).encode() != digest:
-            return
-        entry: list[Any] = json.loads(text)
-        yield entry
+            break
+        texts.append(text)
+    return texts

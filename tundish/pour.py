@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
+import stat
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +34,7 @@ from tundish.big_file import BigFileWriter
 from tundish.digest import LEAF_ROWS, leaf_digests, matrix_digest
 from tundish.disk import disk_errors
 from tundish.journal import JOURNAL, Done, Journal
-from tundish.publish import files_in
+from tundish.publish import is_plain, remove_any
 
 BLOCK_ELEMENTS = 1 << 20  # bounds the memory of a pour; larger than what a block costs in calls, smaller than caches
 # Rows of a block are a multiple of this, however wide they are: kernels take rows together (rtn_search.LANES).
@@ -76,10 +79,10 @@ def pour(
     known = journal.blocks if journal else {}
     blocks = kept = 0
     with disk_errors(folder), ExitStack() as stack:
-        if known:
+        if journal:
             _remove_strangers(folder, layouts)
         files = {
-            (target, name): stack.enter_context(_open(folder / target / name, layout, name, graph, bool(known)))
+            (target, name): stack.enter_context(_open(folder / target / name, layout, name, graph, journal is not None))
             for target, layout in layouts.items()
             for name in layout.big
         }
@@ -214,12 +217,39 @@ def _keep(
 
 
 def _remove_strangers(folder: Path, layouts: Mapping[Target, Layout]) -> None:
-    """Remove what is not to be written into, links above all; small files are written anew in any case."""
-    big = {f"{target}/{name}" for target, layout in layouts.items() for name in layout.big}
-    for name in files_in(folder) - {JOURNAL}:
-        path = folder / name
-        if name not in big or path.is_symlink() or path.stat().st_nlink > 1:
-            path.unlink()
+    """Leave nothing but big files and the folders that they are in, each with the permissions of a new one.
+
+    Links above all are not to be written into; small files are written anew in any case.
+    """
+    big = {folder / target / name for target, layout in layouts.items() for name in layout.big}
+    folders = {parent for path in big for parent in path.relative_to(folder).parents}
+    folder.chmod(0o755)  # as tundish.publish makes it
+    modes = _modes_of_new(folder)
+
+    def look_into(parent: Path) -> None:
+        for path in list(parent.iterdir()):
+            is_folder = stat.S_ISDIR(path.lstat().st_mode)
+            if is_folder and path.relative_to(folder) in folders:
+                path.chmod(modes[0])
+                look_into(path)
+            elif path in big and is_plain(path):
+                path.chmod(modes[1])
+            elif path != folder / JOURNAL:
+                remove_any(path)
+
+    look_into(folder)
+
+
+def _modes_of_new(folder: Path) -> tuple[int, int]:
+    """Permissions that a new folder in this one has, and a big file: the process's mask is not to be asked for."""
+    scratch = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        (scratch / "folder").mkdir()
+        BigFileWriter(scratch / "file", 0).close()
+        folder_mode, file_mode = ((scratch / name).stat().st_mode for name in ("folder", "file"))
+    finally:
+        shutil.rmtree(scratch)
+    return stat.S_IMODE(folder_mode), stat.S_IMODE(file_mode)
 
 
 @contextmanager

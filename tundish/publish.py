@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import zlib
@@ -150,11 +151,33 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed is told by the next build's `reclaim`
 
 
+def is_plain(path: Path) -> bool:
+    """Whether that is a file of one name: no folder, link or pipe, and not another's file as well."""
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def remove_any(path: Path) -> None:
+    """Remove whatever it is, a folder with all that is in it; links are not followed."""
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        path.unlink()
+        return
+    path.chmod(0o700)  # or what is in it might not be ours to remove
+    for parent, names, _ in os.walk(path):
+        for folder in (Path(parent, name) for name in names):
+            if not folder.is_symlink():
+                folder.chmod(0o700)
+    shutil.rmtree(path)
+
+
 def _lock(folder: Path) -> int | None:
-    """A descriptor with the folder's lock, which ends with this process; None if another has it or nothing can."""
+    """A descriptor with the folder's lock, which ends with this process; None if another has it or nothing can.
+
+    OSError if it is no folder, or a link to one.
+    """
     if sys.platform == "win32":
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -168,7 +191,7 @@ def restore(out: Path, say: Callable[[str], None]) -> None:
     if os.path.lexists(out):
         return
     for path, _, ending in _left_beside(out):
-        if ending == "old" and path.is_dir():
+        if ending == "old" and path.is_dir() and not path.is_symlink():
             with disk_errors(out):
                 path.rename(out)
             say(f"restored: {out}, which a build that was killed had moved away")
@@ -200,6 +223,9 @@ def _reclaim(out: Path, say: Callable[[str], None], keep: Callable[[Path], bool]
     """Remove what is left but for the first that is to be kept, whose lock is the stack's."""
     kept = None
     for path, machine, ending in _left_beside(out):
+        if path.is_symlink() or not path.is_dir():
+            say(f"left alone: {path}, which is not a folder")
+            continue
         lock = _lock_if_left(path) if machine == _machine_of(path) else None
         if lock is None:
             say(f"left alone: {path}, of a build that is running or that was killed on another machine")
@@ -212,7 +238,7 @@ def _reclaim(out: Path, say: Callable[[str], None], keep: Callable[[Path], bool]
 
 
 def _left_beside(out: Path) -> list[tuple[Path, str, str]]:
-    """Folders of builds of `out`, in the order of their names: each with its machine and `partial` or `old`."""
+    """What is named as folders of builds of `out`, in that order: each with its machine and `partial` or `old`."""
     left = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}(?:\.([0-9a-f]{{8}}))?\.(partial|old)")
     try:
         found = sorted((path, match) for path in out.parent.iterdir() if (match := left.fullmatch(path.name)))

@@ -187,6 +187,54 @@ def test_what_was_not_in_the_index_is_not_used(
     assert "blocks.0.attn_q" not in fits and contents(tmp_path / "out/gguf") == contents(expected)
 
 
+def test_strangers_of_every_kind_are_removed(
+    checkpoint: Path, tmp_path: Path, left: tuple[Path, Path], fits: list[str]
+) -> None:
+    folder, expected = left
+    (folder / "stray" / "in").mkdir(parents=True)
+    (folder / "importance.npz").mkdir()
+    (folder / "index.json.new").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(tmp_path)
+    built(tmp_path, checkpoint, "out", method="gptq")
+    assert "blocks.0.attn_q" not in fits and contents(tmp_path / "out/gguf") == contents(expected)
+    assert tmp_path.is_dir() and list(calibrations().iterdir()) == calibration_folders()
+
+
+@pytest.mark.parametrize("name", ["index.json", "blocks.0.attn_q.codes.npy"])
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_is_no_file_in_its_place_is_made_anew(
+    checkpoint: Path, tmp_path: Path, left: tuple[Path, Path], fits: list[str], name: str, kind: str
+) -> None:
+    path, expected = left[0] / name, left[1]
+    path.rename(tmp_path / "precious")
+    before = (tmp_path / "precious").read_bytes()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(tmp_path / "precious")}[
+        kind
+    ]()
+    built(tmp_path, checkpoint, "out", method="gptq")
+    assert "blocks.0.attn_q" in fits and contents(tmp_path / "out/gguf") == contents(expected)
+    assert (tmp_path / "precious").read_bytes() == before and list(calibrations().iterdir()) == calibration_folders()
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_link_with_its_name_is_not_used(
+    checkpoint: Path, tmp_path: Path, left: tuple[Path, Path], fits: list[str], dangling: bool
+) -> None:
+    folder, expected = left
+    if dangling:
+        shutil.rmtree(folder)
+    else:
+        folder.rename(tmp_path / "precious")
+    before = contents(tmp_path / "precious")
+    folder.symlink_to(tmp_path / "precious")
+    with held(folder) as share:
+        assert share is None
+    built(tmp_path, checkpoint, "out", method="gptq")
+    assert "blocks.0.attn_q" in fits and contents(tmp_path / "out/gguf") == contents(expected)
+    assert contents(tmp_path / "precious") == before and not calibration_folders()[0].is_symlink()
+
+
 def test_a_fresh_build_begins_anew(checkpoint: Path, tmp_path: Path, left: tuple[Path, Path], fits: list[str]) -> None:
     _, expected = left
     said = built(tmp_path, checkpoint, "out", fresh=True, method="gptq")

@@ -378,6 +378,19 @@ def test_what_may_be_in_use_or_precious_is_told_only(tmp_path: Path) -> None:
     assert len(said) == len(names)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+@pytest.mark.parametrize("ending", ["partial", "old"])
+def test_a_link_with_the_name_of_what_is_left_is_not_followed(tmp_path: Path, ending: str) -> None:
+    precious, link = tmp_path / "precious", tmp_path / f".out.abcd_123.{publishing._machine_of(tmp_path)}.{ending}"
+    precious.mkdir()
+    link.symlink_to(precious)
+    said: list[str] = []
+    restore(tmp_path / "out", said.append)
+    with left_by_killed(tmp_path / "out", said.append, lambda folder: True) as left:
+        assert left is None
+    assert said == [f"left alone: {link}, which is not a folder"] and link.is_symlink() and precious.is_dir()
+
+
 def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "_lock", lambda folder: None)
     said: list[str] = []

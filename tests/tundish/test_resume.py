@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from converters.errors import ResourceError
 from exporters.base import Target
@@ -36,15 +37,25 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a build gives that nothing disturbs."""
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "out"
     build(Choices(str(recipe), out=out, verify=False), QUIET)
-    return contents(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed: Path) -> dict[str, bytes]:
+    """What is in it."""
+    return contents(undisturbed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.lstat().st_mode for path in (folder, *folder.rglob("*"))}
 
 
 def interrupted(recipe: Path, out: Path, after: int = 10) -> Path:
@@ -132,6 +143,37 @@ def add_strangers(folder: Path) -> None:
     (folder / "more").symlink_to(folder.parent)
 
 
+def add_strangers_of_every_kind(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "gguf" / "in" / "side").mkdir(parents=True, mode=0)
+    (folder / "gguf" / "link").symlink_to(folder.parent)
+    (folder / "gguf" / "model.gguf").unlink()
+    (folder / "gguf" / "model.gguf").mkdir()
+    (folder / "gguf" / "model.gguf" / "more").touch()
+    (folder / "mlx" / "model.safetensors").unlink()
+    os.mkfifo(folder / "mlx" / "model.safetensors")
+    (folder / "mlx" / "config.json").mkdir()
+    (folder / "manifest.json.new").mkdir()
+    os.mkfifo(folder / "report.md")
+
+
+def change_permissions(folder: Path) -> None:
+    (folder / "gguf" / "model.gguf").chmod(0o4755)
+    (folder / "mlx" / "model.safetensors").chmod(0)
+    (folder / "mlx").chmod(0o700)
+    folder.chmod(0o777)
+
+
+def journal_is_a_pipe(folder: Path) -> None:
+    (folder / JOURNAL).unlink()
+    os.mkfifo(folder / JOURNAL)
+
+
+def digested(text: str) -> bytes:
+    """A line of a journal that has its digest."""
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode()
+
+
 def change_journal(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / JOURNAL
@@ -147,6 +189,9 @@ def change_journal(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         lose_what_was_written_last,
         replace_by_a_link,
         add_strangers,
+        add_strangers_of_every_kind,
+        change_permissions,
+        journal_is_a_pipe,
         lambda folder: (folder / "gguf" / "model.gguf").unlink(),
         lambda folder: shutil.rmtree(folder / "mlx"),
         lambda folder: os.truncate(folder / "gguf" / "model.gguf", 100),
@@ -155,10 +200,12 @@ def change_journal(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         change_journal(lambda data: data + b"0123 torn"),
         change_journal(lambda data: b""),
         change_journal(lambda data: bytes(len(data))),
+        change_journal(lambda data: data.split(b"\n")[0] + b"\n"),
+        change_journal(lambda data: data + digested('["verified","gguf",{}]')),
     ],
 )
 def test_what_is_not_as_it_was_is_made_anew(
-    recipe: Path, whole: dict[str, bytes], tmp_path: Path, spoil: Callable[[Path], None]
+    recipe: Path, whole: dict[str, bytes], undisturbed: Path, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     folder = interrupted(recipe, tmp_path / "a" / "out")
     spoil(folder)
@@ -166,6 +213,7 @@ def test_what_is_not_as_it_was_is_made_anew(
     before = precious.read_bytes() if precious.exists() else b""
     build(Choices(str(recipe), out=tmp_path / "a" / "out", verify=False), QUIET)
     assert contents(tmp_path / "a" / "out") == whole
+    assert modes(tmp_path / "a" / "out") == modes(undisturbed), "no folder more, and all with the same permissions"
     assert not before or precious.read_bytes() == before, "nothing is written through a link"
     assert {path.name for path in (tmp_path / "a").iterdir()} <= {"out", "precious"}
 
@@ -308,6 +356,33 @@ def test_lines_wait_for_the_key(tmp_path: Path) -> None:
     assert found is not None and found.key == "the key"
     assert found.blocks == {("w", 0, 64): Done("00", b"ab"), ("w", 64, 128): Done("11", b"cd")}
     assert found.nbytes == (tmp_path / JOURNAL).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5", "[]", "", "{}", "null", '["block","x"]', '["block","w",0,64,"00","zz"]', '["verified",1,{}]', "[" * 100_000],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_journal_with_a_line_that_is_none_is_none(tmp_path: Path, text: str, first: bool) -> None:
+    head = digested('[1,"key"]')
+    (tmp_path / JOURNAL).write_bytes(head)
+    assert has_journal(tmp_path)
+    (tmp_path / JOURNAL).write_bytes((b"" if first else head) + digested(text))
+    assert not has_journal(tmp_path)
+
+
+def test_a_journal_that_is_another_kind_of_thing_is_none(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / JOURNAL, tmp_path / "elsewhere"
+    elsewhere.write_bytes(digested('[1,"key"]'))
+    for make in (
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to(elsewhere),
+        lambda: os.link(elsewhere, path),
+    ):
+        make()
+        assert read_journal(tmp_path) is None
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_every_flipped_bit_of_a_journal_is_seen(tmp_path: Path) -> None:
