@@ -19,6 +19,7 @@ import psutil
 from converters.chat import render, template_variables
 from converters.errors import ModelError
 from converters.tokenizer import Tokenizer
+from tundish.child import without_signing_key
 
 SECONDS = 5  # for one conversation
 MEMORY = 1 << 29  # bytes, on top of what the process has when it begins
@@ -37,6 +38,7 @@ def chat_renderer(tokenizer: Tokenizer) -> Iterator[Render]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
+        env=without_signing_key(),
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:

@@ -20,9 +20,14 @@ class Ending:
     failure: str | None
 
 
+def without_signing_key() -> dict[str, str]:
+    """This process's environment for a child that signs nothing, least of all one that runs what strangers wrote."""
+    return {name: value for name, value in os.environ.items() if name != "TUNDISH_SIGNING_KEY"}
+
+
 def run_child(module: str, arguments: list[str], log: Path, seconds: float, threads: int) -> Ending:
     """Run `python -m module arguments`; its output goes to `log`. Kills the whole process group at the time limit."""
-    environment = os.environ | {
+    environment = without_signing_key() | {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",  # artifacts are complete: nothing that a runtime does needs the network
@@ -30,7 +35,6 @@ def run_child(module: str, arguments: list[str], log: Path, seconds: float, thre
         "TMPDIR": str(log.absolute().parent),  # what runtimes leave behind goes with the folder
         "USE_TORCH": "0",  # transformers would import it where it is installed, which takes seconds and serves nothing
     }
-    environment.pop("TUNDISH_SIGNING_KEY", None)  # nothing that a runtime does needs it
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603  # our own interpreter and module, no shell
             [sys.executable, "-P", "-m", module, *arguments],  # -P: never import from the working directory

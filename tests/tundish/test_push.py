@@ -26,6 +26,7 @@ from tundish.push import Push
 from tundish.push import push as push_build
 
 REPO = "acme/tiny-int4"
+GATE: dict[str, Any] = {"name": "runtime", "figure": None, "threshold": None, "detail": ""}
 RESULT = {"passed": True, "versions": {}, "divergence": None, "answer": None, "gates": []}
 
 
@@ -53,7 +54,9 @@ def verified(poured: Path, tmp_path: Path) -> Path:
 def with_verdict(poured: Path, folder: Path, verdicts: dict[str, bool | None]) -> Path:
     shutil.copytree(poured, folder)
     manifest = read_manifest(folder)
-    manifest["verification"] = {target: RESULT | {"passed": passed} for target, passed in verdicts.items()}
+    manifest["verification"] = {
+        target: RESULT | {"passed": passed, "gates": [GATE | {"passed": passed}]} for target, passed in verdicts.items()
+    }
     write_papers(folder, manifest, None)
     return folder
 
@@ -130,6 +133,10 @@ def test_what_has_not_passed_stays_here(poured: Path, tmp_path: Path) -> None:
     assert "gguf was not verified" in refused(poured)
     some = with_verdict(poured, tmp_path / "some", {"gguf": True, "onnx": False, "openvino": None})
     assert "onnx missed its gates, openvino was not verified, mlx was not verified" in refused(some)
+    manifest = read_manifest(some)
+    manifest["verification"]["onnx"]["passed"] = True
+    write_papers(some, manifest, None)
+    assert "the manifest is inconsistent" in refused(some, Target.ONNX), "whatever the verdict says, a gate failed"
     path = some / "gguf" / "Modelfile"
     path.write_bytes(path.read_bytes() + b"\n")
     assert "gguf/Modelfile" in refused(some, Target.GGUF)
