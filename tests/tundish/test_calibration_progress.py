@@ -209,9 +209,12 @@ def test_what_is_no_file_in_its_place_is_made_anew(
     path, expected = left[0] / name, left[1]
     path.rename(tmp_path / "precious")
     before = (tmp_path / "precious").read_bytes()
-    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(tmp_path / "precious")}[
-        kind
-    ]()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "precious")
     built(tmp_path, checkpoint, "out", method="gptq")
     assert "blocks.0.attn_q" in fits and contents(tmp_path / "out/gguf") == contents(expected)
     assert (tmp_path / "precious").read_bytes() == before and list(calibrations().iterdir()) == calibration_folders()

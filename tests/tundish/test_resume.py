@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -376,9 +377,9 @@ def test_a_journal_that_is_another_kind_of_thing_is_none(tmp_path: Path) -> None
     elsewhere.write_bytes(digested('[1,"key"]'))
     for make in (
         path.mkdir,
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to(elsewhere),
-        lambda: os.link(elsewhere, path),
+        partial(os.mkfifo, path),
+        partial(path.symlink_to, elsewhere),
+        partial(os.link, elsewhere, path),
     ):
         make()
         assert read_journal(tmp_path) is None
