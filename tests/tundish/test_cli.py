@@ -136,7 +136,7 @@ def test_signed_builds(tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypa
     signature = (out / "provenance.intoto.jsonl").read_bytes()
     checked = tundish("verify", out, "--key", public, "--files-only", "--json")
     assert checked.status == 0 and json.loads(checked.out) == json.loads((out / "manifest.json").read_text())
-    assert checked.err.splitlines() == ["signature: valid"]
+    assert checked.err.splitlines() == ["files: as they were built; the figures are the build's. signature: valid"]
     assert "signature: not checked" in tundish("verify", out, "--files-only").err
     (out / "provenance.intoto.jsonl").unlink()
     require_refusal(tundish("verify", out, "--key", public, "--files-only"), 4, "the build is not signed")
