@@ -162,11 +162,10 @@ def _built(
     ):
         return None
     try:
-        require_intact(out, choices.threads or 1)
+        return require_intact(out, choices.threads or 1).manifest
     except GateError as error:
         events.emit("message", message=f"built anew: {error}")
         return None
-    return manifest
 
 
 def _is_verified(manifest: Json, recipe: Recipe) -> bool:
