@@ -277,7 +277,7 @@ def _build(
                     poured, manifest = _poured(this, model, plan, calibrated, folder, journal)
                     results = _verified(this, model, poured, manifest, folder, journal)
                     record_results(manifest, results, folder, out, signer)
-                journal.remove()
+                journal.close()
                 require_gates(manifest, results, folder, out)
                 with deferred_signals():  # nobody shall be told of an interruption that nothing was published
                     publish(folder, out, recipe.targets)

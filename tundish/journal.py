@@ -89,11 +89,6 @@ class Journal:
             os.close(self._file)
         self._file = -1
 
-    def remove(self) -> None:
-        """The folder is complete, and about to get its name."""
-        self.close()
-        self._path.unlink(missing_ok=True)
-
 
 @dataclass(frozen=True, slots=True)
 class Found:

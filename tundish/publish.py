@@ -309,6 +309,7 @@ def _exchange(folder: Path, out: Path, targets: Collection[Target]) -> None:
     with disk_errors(out):
         require_replaceable(out, targets)
         _sync(folder)
+        _complete(folder)
         if os.path.lexists(out) and exchange(folder, out):
             try:
                 require_replaceable(folder, targets)  # nothing can have come to it under its name since
@@ -347,6 +348,12 @@ def _sync(folder: Path) -> None:
         _sync_one(Path(parent))
 
 
+def _complete(folder: Path) -> None:
+    """Remove the journal. Only now: syncing takes seconds, and a build killed by then goes on from it."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    _sync_one(folder)
+
+
 def _sync_one(path: Path) -> None:
     """A file's contents, or the names in a folder."""
     if sys.platform == "win32":
@@ -361,6 +368,7 @@ def _sync_one(path: Path) -> None:
 def _keep(folder: Path, name: Path) -> Path:
     """Rename `folder` to `name`, or with the first number behind it that is free. Returns the new name."""
     with disk_errors(name):
+        _complete(folder)
         names = (name.with_name(f"{name.name}{number}") for number in itertools.count(2))
         free = next(each for each in itertools.chain([name], names) if not os.path.lexists(each))
         return folder.rename(free)

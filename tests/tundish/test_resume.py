@@ -107,6 +107,19 @@ def test_it_goes_on(recipe: Path, whole: dict[str, bytes], tmp_path: Path, made:
     assert len(made) > 5 and contents(tmp_path / "out") == whole
 
 
+def test_it_goes_on_from_a_kill_while_the_disk_is_waited_for(
+    recipe: Path, whole: dict[str, bytes], tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is done by then but the name, and syncing gigabytes takes a while."""
+    with monkeypatch.context() as killed:
+        killed.setattr("tundish.publish._sync", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+        assert build_in_a_process(recipe, tmp_path / "out", None, tmp_path / "said") == -signal.SIGKILL
+    (tmp_path / "said").unlink()
+    said = resumed(recipe, tmp_path / "out")
+    assert any("taken over" in line for line in said) and not made
+    assert contents(tmp_path / "out") == whole
+
+
 def test_it_goes_on_twice(recipe: Path, whole: dict[str, bytes], tmp_path: Path, made: list[str]) -> None:
     folder = interrupted(recipe, tmp_path / "out", 5)
     made.clear()
