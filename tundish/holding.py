@@ -75,8 +75,11 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
                 continue
             holder = _holder(descriptor)
             os.close(descriptor)
-        except OSError:  # a file system without locks
+        except OSError as error:  # a file system without locks
             os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            say(f"warning: nothing keeps a second build of {out} off: no locks there ({error.strerror or error})")
             return None
         except BaseException:
             os.close(descriptor)

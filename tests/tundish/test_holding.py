@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -119,6 +120,19 @@ def test_where_no_lock_can_be_made_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with holding(tmp_path / "file" / "out", pytest.fail):
         assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    said: list[str] = []
+    with holding(tmp_path / "out", said.append):
+        assert not list(tmp_path.iterdir())
+    assert said == [
+        f"warning: nothing keeps a second build of {tmp_path / 'out'} off: no locks there (No locks available)"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["file", "second name", "link", "folder", "pipe"])
