@@ -11,9 +11,9 @@ from tundish.disk import disk_errors
 from tundish.manifest import verification_record
 from tundish.papers import write_papers
 from tundish.publish import reject
+from tundish.results import TargetResult
 from tundish.signals import deferred_signals
 from tundish.signing import Signer
-from tundish.verify import TargetResult
 
 
 class FailedGatesError(GateError):

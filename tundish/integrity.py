@@ -19,6 +19,7 @@ from converters.file_digest import sha256_of
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, artifact_files, read_manifest
 from tundish.provenance import statement_bytes, subjects
 from tundish.publish import files_in
+from tundish.results import is_kept
 from tundish.signing import require_envelope, signed_statement
 
 _SHOWN = 5
@@ -106,14 +107,13 @@ def _require_consistent(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _contradiction(result: dict[str, Any]) -> str:
-    """What in a target's result cannot be, or nothing. See tundish.verify for how verdicts come about."""
+    """What in a target's result cannot be, or nothing. See tundish.results for how verdicts come about."""
     for gate in result["gates"]:
         name, passed, figure, threshold = (gate.get(part) for part in ("name", "passed", "figure", "threshold"))
         if passed is False and result["passed"] is not False:
             return f"a verdict of {_verdict(result['passed'])} where the gate {name} failed"
         numbers = isinstance(figure, (int, float)) and isinstance(threshold, (int, float))
-        # The share of equal tokens must be large, any other figure small. NaN is neither.
-        if passed and numbers and not (figure >= threshold if name == "top1" else figure <= threshold):
+        if passed and numbers and not is_kept(name, figure, threshold):
             return f"the gate {name} passed with {figure} against {threshold}"
     if result["passed"] and not any(gate.get("passed") for gate in result["gates"]):
         return "a verdict of passed where no gate passed"

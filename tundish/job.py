@@ -56,6 +56,7 @@ from tundish.pour import Poured, pour
 from tundish.publish import left_by_killed, publish, require_replaceable, restore
 from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
+from tundish.results import TargetResult
 from tundish.resume import (
     bytes_in,
     calibration_digest,
@@ -69,7 +70,7 @@ from tundish.settle import settle_schemes
 from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
 from tundish.source_card import licence_files
-from tundish.verify import TargetResult, verify
+from tundish.verify import verify
 from tundish.whereabouts import remember
 
 P = ParamSpec("P")

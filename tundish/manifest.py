@@ -17,8 +17,8 @@ from tundish.manifest_file import FORMAT
 from tundish.plan import Plan
 from tundish.pour import Poured
 from tundish.recipe import Recipe, recipe_digest
+from tundish.results import TargetResult
 from tundish.source_card import read_source_card
-from tundish.verify import TargetResult
 from tundish.worker import package_versions
 
 

@@ -24,7 +24,7 @@ from tundish.journal import Journal, has_journal, read_journal
 from tundish.pour import Poured
 from tundish.publish import discard, staging
 from tundish.recipe import Recipe
-from tundish.verify import Gate, TargetResult
+from tundish.results import Gate, TargetResult
 from tundish.worker import package_versions
 
 _LIBRARIES = ("tundish", "numpy", "numba", "gguf", "tokenizers")  # that bytes depend on

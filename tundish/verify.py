@@ -10,7 +10,7 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +33,13 @@ from tundish.disk import disk_errors
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
 from tundish.recipe import Gates, Recipe
+from tundish.results import AGREEMENT, Gate, TargetResult, measured
 from tundish.worker import Request
 
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _MAX_SPECIAL_TEXTS = 64
 _SHOWN_ANSWER = 60  # characters of one that does not end
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One comparison. `passed` is None where it could not be made; `detail` says why, or what differed."""
-
-    name: str
-    passed: bool | None
-    figure: float | None = None
-    threshold: float | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetResult:
-    """All gates of one artifact, with the versions of the runtime that was asked."""
-
-    target: Target
-    gates: tuple[Gate, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    divergence: Divergence | None = None
-    answer: str | None = None
-
-    @property
-    def passed(self) -> bool | None:
-        """False if a gate failed, None if nothing could be verified, else True."""
-        if any(gate.passed is False for gate in self.gates):
-            return False
-        return True if any(gate.passed for gate in self.gates) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,16 +338,10 @@ def divergence_of(logits: Sequence[Path], sequences: NDArray[np.int64], folder: 
 
 def _logit_gates(gates: Gates, divergence: Divergence) -> list[Gate]:
     detail = f"{divergence.positions} positions"
-    top1 = None if gates.top1 is None else -gates.top1
     return [
-        Gate("kl", _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail),
-        Gate("top1", _at_most(-divergence.top1, top1), divergence.top1, gates.top1, detail),
+        measured("kl", divergence.kl_mean, gates.kl, detail),
+        measured(AGREEMENT, divergence.top1, gates.top1, detail),
     ]
-
-
-def _at_most(figure: float, threshold: float | None) -> bool | None:
-    """Whether a gate is kept; NaN never is. None where the recipe sets no threshold: measured, not judged."""
-    return None if threshold is None else figure <= threshold
 
 
 def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
@@ -387,4 +353,4 @@ def _long_gate(gates: Gates, reference: Reference, folder: Path) -> Gate:
     assert reference.long_sequences is not None
     divergence = divergence_of(reference.long_logits, reference.long_sequences, folder, "long")
     detail = f"last {divergence.positions} positions of {reference.long_sequences.shape[1]}"
-    return Gate(LONG_GATE, _at_most(divergence.kl_mean, gates.kl), divergence.kl_mean, gates.kl, detail)
+    return measured(LONG_GATE, divergence.kl_mean, gates.kl, detail)

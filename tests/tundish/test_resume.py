@@ -24,7 +24,7 @@ from tundish import job, plan, verify
 from tundish import pour as pouring
 from tundish.job import Choices, Watcher, build
 from tundish.journal import JOURNAL, Done, Journal, has_journal, read_journal
-from tundish.verify import Gate, TargetResult
+from tundish.results import Gate, TargetResult
 from tundish.worker import package_versions
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX locks")

@@ -1,0 +1,50 @@
+"""What verification comes to: gates, each a comparison, and the result of all of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from exporters.base import Target
+from tundish.divergence import Divergence
+
+AGREEMENT = "top1"  # the one gate whose figure must be large
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One comparison. `passed` is None where it could not be made; `detail` says why, or what differed."""
+
+    name: str
+    passed: bool | None
+    figure: float | None = None
+    threshold: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetResult:
+    """All gates of one artifact, with the versions of the runtime that was asked."""
+
+    target: Target
+    gates: tuple[Gate, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    divergence: Divergence | None = None
+    answer: str | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """False if a gate failed, None if nothing could be verified, else True."""
+        if any(gate.passed is False for gate in self.gates):
+            return False
+        return True if any(gate.passed for gate in self.gates) else None
+
+
+def measured(name: str, figure: float, threshold: float | None, detail: str) -> Gate:
+    """A gate whose figure was measured. Where the recipe sets no threshold, it is not judged."""
+    return Gate(name, None if threshold is None else is_kept(name, figure, threshold), figure, threshold, detail)
+
+
+def is_kept(name: str, figure: float, threshold: float) -> bool:
+    """Whether a figure is what its gate asks for; NaN never is."""
+    return figure >= threshold if name == AGREEMENT else figure <= threshold
