@@ -29,6 +29,7 @@ from tundish.options import (
     ModelOption,
     OutOption,
     RecipeArgument,
+    SignKeyOption,
     TargetOption,
     ThreadsOption,
     VerifyOption,
@@ -117,10 +118,7 @@ def build(
         ),
     ] = True,
     device: DeviceOption = None,
-    sign_key: Annotated[
-        Path | None,
-        typer.Option("--sign-key", help="Sign with the Ed25519 key in this PEM file. Default: $TUNDISH_SIGNING_KEY."),
-    ] = None,
+    sign_key: SignKeyOption = None,
     events: EventsOption = None,
     metrics: MetricsOption = None,
     as_json: JsonOption = False,
@@ -158,6 +156,7 @@ def matrix(
         typer.Option("--memory", metavar="SIZE", help="For all at once, such as 16GB. Default: most of what is free."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Build and calibrate anew what is there already.")] = False,
+    sign_key: SignKeyOption = None,
     events: EventsOption = None,
     metrics: MetricsOption = None,
     as_json: JsonOption = False,
@@ -168,13 +167,14 @@ def matrix(
     from tundish.matrix_cluster import parse_memory
     from tundish.matrix_file import load_matrix
     from tundish.observe import observing
+    from tundish.signing import load_signer
 
     console.if_interrupted("what was built by then is published; the same command goes on from there")
     with observing("matrix", (file.stem, ""), events, metrics) as observed:
         asked = load_matrix(file)
         nbytes = None if memory is None else parse_memory(memory)
         into = (out or asked.out or Path("dist") / require_folder_name(file.stem, str(file))).absolute()
-        options = matrices.Options(into, scheduler, nbytes, threads, fresh)
+        options = matrices.Options(into, scheduler, nbytes, threads, fresh, load_signer(sign_key))
         with people(observed.events) as told:
             outcomes = matrices.run_matrix(asked, options, observed.events, told.say)
         observed.runs = [outcome.as_run() for outcome in outcomes]
@@ -273,13 +273,14 @@ def sign(
         Path | None, typer.Option("--key", help="A private Ed25519 key, PEM. Default: $TUNDISH_SIGNING_KEY.")
     ] = None,
     threads: ThreadsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Sign a build that is there already, after checking its files; an earlier signature is replaced."""
     from tundish.job import cores
     from tundish.papers import sign_build
 
-    with people() as watching:
-        sign_build(folder, key, threads or cores(), watching.say)
+    signature = sign_build(folder, key, threads or cores())
+    show({"signature": str(signature)}, as_json, lambda document: f"signed: {document['signature']}")
 
 
 @app.command()

@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from converters.errors import ResourceError, TundishError, UsageError
 from tundish.events import Event, Events
+from tundish.job import cores
+from tundish.manifest_file import SIGNATURE
 from tundish.matrix_cluster import MEMORY, connected, require_workers
 from tundish.matrix_file import Cell, Matrix, MatrixModel
 from tundish.metrics import Run
+from tundish.papers import sign_folder
 from tundish.recipe import resolved_yaml
+from tundish.signing import Signer
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -36,13 +40,15 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the command line settles. `out`: each cell's build goes to <out>/<cell's name>; `memory` in bytes, of this
-    machine; `scheduler`: the address of Dask's, None: this machine alone; `threads` of each build."""
+    machine; `scheduler`: the address of Dask's, None: this machine alone; `threads` of each build; `signer` signs what
+    was built, and what is reused without a signature, in this process: workers do not get the key."""
 
     out: Path
     scheduler: str | None = None
     memory: int | None = None
     threads: int | None = None
     fresh: bool = False
+    signer: Signer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +225,6 @@ class _Matrix:
         for future in completed:
             built, answer = self.futures[future], self._answer(future)
             assert isinstance(built, Cell)
-            result, manifest = "failed" if answer.status else "built", answer.result.get("manifest")
-            self._ended(built, result, answer.status, answer.message, manifest, answer)
             group = self.needs[built.name]["calibration"]
             followers = self.waiting.pop(group, [])
             if answer.status and len(followers) > 1:  # it may have left no calibration: another has to try
@@ -230,6 +234,8 @@ class _Matrix:
             completed.update(
                 [self._begin(each, threads, self.options.fresh and answer.status != 0) for each in followers]
             )
+            result, manifest = "failed" if answer.status else "built", answer.result.get("manifest")
+            self._ended(built, result, answer.status, answer.message, manifest, answer)
 
     def _threads(self, cells: list[Cell]) -> int | None:
         """Of each build: its share of this machine, if as many run as can. None: workers share out their own."""
@@ -290,7 +296,17 @@ class _Matrix:
 
     def _ended(self, cell: Cell, result: str, status: int, message: str, manifest: Json | None, answer: Answer) -> None:
         seconds = answer.seconds if result != "reused" else 0.0
+        try:
+            self._sign(cell, result)
+        except TundishError as error:  # somebody else was at it
+            result, status, message = "failed", error.exit_status, str(error)
         outcome = Outcome(cell, self._out(cell), result, status, message, manifest, answer.worker, seconds)
         self.outcomes[cell.name] = outcome
         self.events.emit("cell", **outcome.as_dict())
         self.say(f"[{cell.name}] {result}" + (f": {message}" if message else ""))
+
+    def _sign(self, cell: Cell, result: str) -> None:
+        """Sign a build of this run, or an earlier one that nobody has signed."""
+        signer, out = self.options.signer, self._out(cell)
+        if signer is not None and (result == "built" or (result == "reused" and not (out / SIGNATURE).exists())):
+            sign_folder(out, signer, self.options.threads or cores())

@@ -144,7 +144,7 @@ def _run(asked: Asked, known: Json | None, worker: Worker, wanted: Callable[[], 
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=asked.folder if Path(asked.folder).is_dir() else None,
-                env=without_signing_key(),  # cells are not signed
+                env=without_signing_key(),  # whoever asked for the matrix signs
                 start_new_session=True,
             )
         assert process.stdin is not None and process.stdout is not None

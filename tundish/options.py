@@ -19,6 +19,10 @@ VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
 BuildArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Check the signature with this public Ed25519 key, PEM.")]
+SignKeyOption = Annotated[
+    Path | None,
+    typer.Option("--sign-key", help="Sign with the Ed25519 key in this PEM file. Default: $TUNDISH_SIGNING_KEY."),
+]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Calibrate anew, and find anew what matrices cost, even if the cache has it.")
 ]

@@ -6,7 +6,7 @@ Each has the digests of those before it, so that a signature of the last covers 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +49,26 @@ def write_papers(folder: Path, manifest: dict[str, Any], signer: Signer | None) 
     write_files(folder, papers | ({} if signer is None else {SIGNATURE: sign(papers[PROVENANCE], signer)}))
 
 
-def sign_build(folder: Path, key: Path | None, threads: int, say: Callable[[str], None]) -> None:
+def sign_build(folder: Path, key: Path | None, threads: int) -> Path:
     """Sign a folder that is as it was built, with a private key in a PEM file or the environment's.
 
-    GateError if it is not, or missed a gate; UsageError without a key.
+    Returns the signature's file. GateError if the folder was changed, or missed a gate; UsageError without a key.
     """
     signer = load_signer(key)
     if signer is None:
         raise UsageError("no key to sign with", mend=f"Give one with --key, or as PEM in {KEY_VARIABLE}.")
+    sign_folder(folder, signer, threads)
+    return folder / SIGNATURE
+
+
+def sign_folder(folder: Path, signer: Signer, threads: int) -> None:
+    """The same with a key that was loaded."""
     manifest = require_intact(folder, threads).manifest
     failed = [target for target, result in (manifest["verification"] or {}).items() if result["passed"] is False]
     if failed:
         raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
     with disk_errors(folder):
         write_files(folder, {SIGNATURE: sign((folder / PROVENANCE).read_bytes(), signer)})
-    say(f"signed: {folder / SIGNATURE}")
 
 
 def _record(data: bytes) -> dict[str, Any]:

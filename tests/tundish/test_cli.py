@@ -25,7 +25,7 @@ from onnx.helper import make_graph, make_model
 
 from exporters.base import Target
 from exporters.onnx.data_file import external_tensor
-from tests.tundish.test_integrity import write_keys
+from tests.tundish.keys import write_keys
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import cli, doctor, tables
 

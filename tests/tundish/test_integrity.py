@@ -18,10 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
-    Encoding,
     NoEncryption,
-    PrivateFormat,
-    PublicFormat,
     load_pem_private_key,
 )
 from google.protobuf import json_format
@@ -31,14 +28,13 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
 from converters.errors import GateError, UsageError
 from converters.file_digest import sha256_of
+from tests.tundish.keys import PKCS8, write_keys
 from tundish import chat_renderer, matrix_worker
 from tundish.child import run_child
 from tundish.integrity import Signature, require_intact
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, read_manifest
 from tundish.papers import sign_build, write_papers
 from tundish.signing import KEY_VARIABLE, load_signer
-
-PKCS8 = (Encoding.PEM, PrivateFormat.PKCS8)
 
 
 @pytest.fixture
@@ -50,17 +46,8 @@ def key(tmp_path: Path) -> Path:
 def signed(poured: Path, key: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "signed"
     shutil.copytree(poured, folder)
-    sign_build(folder, key, 1, lambda text: None)
+    sign_build(folder, key, 1)
     return folder
-
-
-def write_keys(folder: Path, name: str) -> Path:
-    """A new key in <name>.pem, and its public half in <name>.pub."""
-    private = Ed25519PrivateKey.generate()
-    (folder / f"{name}.pem").write_bytes(private.private_bytes(*PKCS8, NoEncryption()))
-    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    (folder / f"{name}.pub").write_bytes(public)
-    return folder / f"{name}.pem"
 
 
 def public(key: Path) -> Path:
@@ -226,7 +213,7 @@ def test_whoever_writes_all_papers_anew_needs_the_key(signed: Path, key: Path, t
     (signed / SIGNATURE).write_bytes(envelope)
     with pytest.raises(GateError, match=r"found gguf/README\.md|found gguf/model\.gguf"):
         require_intact(signed, 1, public(key))
-    sign_build(signed, write_keys(tmp_path, "other"), 1, lambda text: None)
+    sign_build(signed, write_keys(tmp_path, "other"), 1)
     with pytest.raises(GateError, match=r"the signature does not hold.*no signature by this key"):
         require_intact(signed, 1, public(key))
 
@@ -246,7 +233,7 @@ def test_others_can_check_the_signature(signed: Path, key: Path) -> None:
     with pytest.raises(InvalidSignature):
         private.public_key().verify(signature, payload)
     again = (signed / SIGNATURE).read_bytes()
-    sign_build(signed, key, 1, lambda text: None)
+    sign_build(signed, key, 1)
     assert (signed / SIGNATURE).read_bytes() == again, "the same bytes every time"
 
 
@@ -287,10 +274,10 @@ def test_keys_that_are_none(tmp_path: Path, key: Path, signed: Path, monkeypatch
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert load_signer(None) is None
     with pytest.raises(UsageError, match=f"no key to sign with.*{KEY_VARIABLE}"):
-        sign_build(signed, None, 1, lambda text: None)
+        sign_build(signed, None, 1)
     monkeypatch.setenv(KEY_VARIABLE, key.read_text())
     before = (signed / SIGNATURE).read_bytes()
-    sign_build(signed, None, 1, lambda text: None)
+    sign_build(signed, None, 1)
     assert (signed / SIGNATURE).read_bytes() == before, "the environment's key is the file's"
     assert "PRIVATE" not in repr(load_signer(None))
 

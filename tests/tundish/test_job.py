@@ -27,7 +27,7 @@ from converters.source import Source
 from exporters.base import Target
 from exporters.gguf.importance import imatrix_names
 from exporters.registry import EXPORTERS
-from tests.tundish.test_integrity import write_keys
+from tests.tundish.keys import write_keys
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, verify
 from tundish import publish as publishing
@@ -92,7 +92,7 @@ def test_verify_again(checkpoint: Path, tmp_path: Path) -> None:
     assert "| kl | passed |" in (out / "gguf" / "README.md").read_text()
     assert require_intact(out, 1).manifest == manifest
     key = write_keys(tmp_path, "key")
-    sign_build(out, key, 1, QUIET.say)
+    sign_build(out, key, 1)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     said: list[str] = []
     again = verify_again(out, None, None, replace(QUIET, say=said.append), key.with_suffix(".pub"))

@@ -21,9 +21,11 @@ import psutil
 import pytest
 
 from converters.errors import UsageError
+from tests.tundish.keys import write_keys
 from tests.tundish.tiny import INT4, write_recipe, write_tiny_phi3
 from tundish import matrix, matrix_cluster
 from tundish.events import Events
+from tundish.integrity import Signature, require_intact
 from tundish.matrix_file import load_matrix
 
 pytest.importorskip("distributed")
@@ -108,7 +110,7 @@ def results(document: dict[str, Any]) -> dict[str, tuple[str, int]]:
 
 
 def test_cells_are_built_then_reused(place: Place, checkpoint: Path) -> None:
-    """A model that cannot be read fails alone; what is damaged is built anew, and what is not, is not."""
+    """A model that cannot be read fails alone; what is damaged is built anew, what is not is not; both get signed."""
     folder = place.folder
     (folder / "broken").mkdir()
     write_matrix(
@@ -139,13 +141,16 @@ def test_cells_are_built_then_reused(place: Place, checkpoint: Path) -> None:
     data[-1] ^= 1
     artifact.write_bytes(data)
     kept = (folder / "out" / title / "fp32" / "manifest.json").stat().st_ino
-    second = place.matrix(*asked)
+    private = write_keys(folder, "key")
+    second = place.matrix(*asked, "--sign-key", private)
     out, err = second.communicate(timeout=240)
     assert results(json.loads(out))[f"{title}/int4"] == ("built", 0), err
     assert results(json.loads(out))[f"{title}/fp32"] == ("reused", 0)
     assert (folder / "out" / title / "fp32" / "manifest.json").stat().st_ino == kept
     data[-1] ^= 1
     assert artifact.read_bytes() == data, "the same bytes as before"
+    for name in ("int4", "fp32"):
+        assert require_intact(folder / "out" / title / name, 1, folder / "key.pub").signature is Signature.VALID
 
 
 @pytest.mark.slow
