@@ -1,12 +1,18 @@
-"""What a build leaves when it is killed, or when its disk is full: nothing wrong, and the same command goes on.
+"""What a build leaves when it is killed, or when its disk is full: nothing wrong, and the same command goes on. And
+whether it comes to the same bytes in another world.
 
 python -m benchmarks.survive kill --model sample --moments 50
+python -m benchmarks.survive late --model sample --recipe phi35-best-int4
 python -m benchmarks.survive disk --model sample --sizes 20     (as root: mounts a tmpfs)
+python -m benchmarks.survive same --model sample --recipe phi35-best-int4
 
 A build that nothing disturbs says what is right. `kill` sends SIGKILL at random moments of further ones, half of them
-while they write, then runs the same command again; --out may hold an earlier build. `disk` builds into a tmpfs of
-random size in which an earlier artifact is, and then --filled times into one with room, the rest of which another
-process takes meanwhile: a build that has its files' space reserved by then ends well.
+while they write, then runs the same command again; --out may hold an earlier build; a build that ends before its kill
+does not count. `late` kills one build when --fraction of its time is over, and says how much of that time is spent
+again. `disk` builds into a tmpfs of random size in which an earlier artifact is, and then --filled times into one with
+room, the rest of which another process takes meanwhile: a build that has its files' space reserved by then ends well.
+`same` builds with one thread and with two, from two checkouts of tundish, with other locales, time zones, hash seeds,
+file modes, copies of the model and empty caches, and compares every file.
 """
 
 from __future__ import annotations
@@ -71,7 +77,7 @@ def kill(options: argparse.Namespace) -> dict[str, int]:
     rights = {False: undisturbed(options, work / "right", False)}
     if options.verified:
         rights[True] = undisturbed(options, work / "verified", True)
-    before = work / "before"
+    before, out = work / "before", work / "out"
     if not before.exists():
         narrow = argparse.Namespace(**{**vars(options), "recipe": options.earlier})
         undisturbed(narrow, before, False)
@@ -79,24 +85,19 @@ def kill(options: argparse.Namespace) -> dict[str, int]:
     for moment in range(options.moments):
         verified = moment < options.verified
         right, seconds = rights[verified]
-        out = work / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        if chance.random() < 0.5:
-            shutil.copytree(before, out)
-        had = digests(out)
-        after = chance.uniform(options.kernels, seconds)
-        build = start(command(options, out, verified))
-        if moment % 2:  # half of them while the artifacts are written, verified and published
-            while build.poll() is None and not list(work.glob(".out.*.partial")):
-                time.sleep(0.002)
-            after = chance.uniform(0, seconds if verified else options.writing)
-        try:
-            build.wait(after)
+        earliest, writes = options.kernels, bool(moment % 2)
+        latest = seconds if verified or not writes else options.writing
+        while True:
+            shutil.rmtree(out, ignore_errors=True)
+            if chance.random() < 0.5:
+                shutil.copytree(before, out)
+            had = digests(out)
+            after = chance.uniform(0 if writes else earliest, latest)
+            if killed(command(options, out, verified), work if writes else None, after):
+                break
             counts["ended before"] += 1
-        except subprocess.TimeoutExpired:
-            os.kill(build.pid, signal.SIGKILL)
-            build.wait()
         then = digests(out)
+        counts["killed"] += 1
         counts["wrong"] += then not in (had, right)
         again = run(command(options, out, verified))
         counts["wrong"] += again.returncode != 0 or digests(out) != right
@@ -104,10 +105,75 @@ def kill(options: argparse.Namespace) -> dict[str, int]:
         counts["verification kept"] += "was verified" in again.stderr
         left = [path.name for path in work.iterdir() if path.name.startswith(".out")]
         counts["left behind"] += bool(left)
-        began = "into writing" if moment % 2 else "of"
+        began = "into writing" if writes else "of"
         print(f"{moment + 1}: {after:.1f} s {began} {seconds:.1f} s, {dict(counts)}", file=sys.stderr, flush=True)
     assert earlier == digests(before)
     return dict(counts)
+
+
+def killed(line: list[str], writing: Path | None, after: float) -> bool:
+    """Start a build and kill it some seconds after its start, or after it began `writing` beside its place there.
+
+    False if it had ended by then.
+    """
+    build = start(line)
+    while writing is not None and build.poll() is None and not list(writing.glob(".out.*.partial")):
+        time.sleep(0.002)
+    try:
+        build.wait(after)
+    except subprocess.TimeoutExpired:
+        os.kill(build.pid, signal.SIGKILL)
+    return build.wait() == -signal.SIGKILL
+
+
+def late(options: argparse.Namespace) -> dict[str, float | bool]:
+    """Seconds of a whole build, with verification, and of one that was killed and then run again."""
+    work = options.work.absolute()
+    caches = [work / name for name in ("cache", "cache-of-killed")]
+    for cache in caches:
+        shutil.rmtree(cache, ignore_errors=True)
+    os.environ["TUNDISH_CACHE"] = str(caches[0])
+    right, whole = undisturbed(options, work / "right", True)
+    os.environ["TUNDISH_CACHE"] = str(caches[1])
+    out, after = work / "out", options.fraction * whole
+    shutil.rmtree(out, ignore_errors=True)
+    if not killed(command(options, out, True), None, after):
+        sys.exit("the build had ended before its kill: this machine is too busy to measure")
+    begun = time.perf_counter()
+    again = run(command(options, out, True), check=True)
+    rest = time.perf_counter() - begun
+    print(again.stderr, file=sys.stderr)
+    redone = after + rest - whole
+    return {"whole": whole, "killed after": after, "rest": rest, "redone": redone, "redone of whole": redone / whole,
+            "equal": digests(out) == right}  # fmt: skip
+
+
+def same(options: argparse.Namespace) -> dict[str, int]:
+    """Counts of files in the builds of two worlds: `differ` must be 0."""
+    work, locale = options.work.absolute(), "tr_TR.UTF-8"  # in which I is not i's capital, and 0,5 is a half
+    here = Path(__file__).resolve().parents[1]
+    locales, there = work / "locales", work / "checkout"
+    locales.mkdir(exist_ok=True)
+    run(["localedef", "-i", "tr_TR", "-f", "UTF-8", str(locales / locale)], check=True)
+    shutil.rmtree(there, ignore_errors=True)
+    run(["git", "clone", "--quiet", str(here), str(there)], check=True)
+    built = []
+    for threads, root, zone, language in ((1, here, "Asia/Kathmandu", locale), (2, there, "UTC", "C")):
+        world = work / f"world {threads}"
+        shutil.rmtree(world, ignore_errors=True)
+        model = world.joinpath(*["model"] * threads)
+        shutil.copytree(options.model, model, copy_function=shutil.copyfile)
+        blas = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+        variables = blas | {"TZ": zone, "LC_ALL": language, "LANG": language, "LOCPATH": str(locales)}
+        variables |= {"PYTHONPATH": str(root), "PYTHONHASHSEED": str(threads), "TUNDISH_CACHE": str(world / "cache")}
+        line = command(argparse.Namespace(**{**vars(options), "model": str(model)}), world / "out", True)
+        line += ["--threads", str(threads)]
+        subprocess.run(line, env=os.environ | variables, cwd=root, umask=0o077 * (threads % 2), check=True)  # noqa: S603
+        built.append(digests(world / "out") or {})
+    one, other = built
+    differing = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+    print("\n".join(differing), file=sys.stderr)
+    return {"files": len(one), "differ": len(differing)}
 
 
 @contextmanager
@@ -170,7 +236,7 @@ def filling(mount: Path, build: subprocess.Popen[str], after: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.survive", description="Kills builds and fills disks.")
-    parser.add_argument("what", choices=["kill", "disk"])
+    parser.add_argument("what", choices=["kill", "late", "disk", "same"])
     parser.add_argument("--work", type=Path, default=Path("build/bench/survive"))
     parser.add_argument("--model", default="sample")
     parser.add_argument("--recipe", default="phi35-all-int4")
@@ -178,6 +244,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", default=[], help="as of tundish build")
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--verified", type=int, default=0, help="of the moments: builds that verify")
+    parser.add_argument("--fraction", type=float, default=0.9, help="of a build's time, after which `late` kills it")
     parser.add_argument("--sizes", type=int, default=20)
     parser.add_argument("--filled", type=int, default=0, help="further builds whose room is taken meanwhile")
     parser.add_argument("--kernels", type=float, default=0.0, help="seconds at the beginning in which nothing is hit")
@@ -185,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(kill(options) if options.what == "kill" else disk(options)))
+    print(json.dumps({"kill": kill, "late": late, "disk": disk, "same": same}[options.what](options)))
 
 
 if __name__ == "__main__":
