@@ -22,16 +22,19 @@ from exporters.schemes import refuse_ggml_schemes
 
 _USAGE = """\
 ```python
+import json
 import onnxruntime_genai as og  # pip install onnxruntime-genai
 
 model = og.Model(".")
 tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
-parameters.set_search_options(max_length=100)
+chat = [{"role": "user", "content": "What is the capital of France?"}]
+prompt = tokenizer.encode(tokenizer.apply_chat_template(json.dumps(chat)))  # any text, where a model has no template
+parameters.set_search_options(max_length=len(prompt) + 100)
 generator = og.Generator(model, parameters)
-generator.append_tokens(tokenizer.encode("The capital of France is"))  # apply_chat_template makes prompts of chats
+generator.append_tokens(prompt)
 while not generator.is_done():
     generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
+print(tokenizer.decode(generator.get_sequence(0)[len(prompt) :]))
 ```"""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +92,19 @@ def test_greedy_answer_crosses_the_longrope_boundary(tmp_path: Path) -> None:
     expected = reference_logits(model.graph, checked)
     best = np.argmax(expected, axis=-1)[len(ids) - 1 : -1]
     assert checked[len(ids) :] == best.tolist()
+
+
+def test_the_card_shows_how_to_ask(tmp_path: Path) -> None:
+    """Its lines run where the artifact is, and print the answer alone."""
+    source = tmp_path / "checkpoint"
+    model = model_with(source, write_byte_level(source, LLAMA3))
+    template = "{% for m in messages %}User: {{ m.content }}\nBot:{% endfor %}"
+    model = replace(model, tokenizer=replace(model.tokenizer, chat_template=template))
+    artifact = write_artifact(model, tmp_path)
+    code = EXPORTER.card.usage.removeprefix("```python\n").removesuffix("```")
+    said = subprocess.run([sys.executable, "-c", code], cwd=artifact, capture_output=True, text=True, check=True).stdout
+    answer = EXPORTER.open(artifact, OnnxOptions()).answer("User: What is the capital of France?\nBot:", 100)
+    assert said.removesuffix("\n") == answer.text and len(said) > 20
 
 
 @pytest.mark.parametrize("which", [0, 1])
