@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from converters.errors import GateError, ModelError, ResourceError, TundishError, UsageError
     from converters.interpret import interpret
     from converters.load import load_graph
-    from tundish.job import Choices, Watcher, build, plan_job
+    from tundish.job import Choices, build, plan_job
     from tundish.recheck import verify_again
     from tundish.recipe import list_recipes, load_recipe
+    from tundish.watcher import Watcher
 
 __all__ = [
     "Choices",
@@ -42,7 +43,7 @@ _HOMES = {
     "ResourceError": "converters.errors",
     "TundishError": "converters.errors",
     "UsageError": "converters.errors",
-    "Watcher": "tundish.job",
+    "Watcher": "tundish.watcher",
     "build": "tundish.job",
     "interpret": "converters.interpret",
     "list_recipes": "tundish.recipe",

@@ -28,13 +28,14 @@ from tundish.child import exit_with_parent
 from tundish.events import Event, Events, watching
 from tundish.gates import FailedGatesError
 from tundish.integrity import require_intact
-from tundish.job import SILENT, Choices, build, output, settle_recipe
+from tundish.job import Choices, build, output, settle_recipe
 from tundish.manifest import portable_recipe
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.model import find_source, open_model
 from tundish.plan import Plan, make_plan
 from tundish.recipe import CalibrationSource, Recipe, recipe_digest
 from tundish.signals import unwind_at_signals
+from tundish.watcher import SILENT
 
 RUNTIME_BYTES = 512 << 20  # of a runtime that verifies, its artifact aside, about
 

@@ -251,8 +251,8 @@ def verify(
     """Check the files of an earlier build and its signature, open the artifacts in their runtimes and measure again."""
     from tundish import recheck
     from tundish.integrity import require_intact
-    from tundish.job import cores
     from tundish.observe import artifact_titles, observing
+    from tundish.processors import cores
 
     titles = artifact_titles(folder)
     with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
@@ -276,8 +276,8 @@ def sign(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a build that is there already, after checking its files; an earlier signature is replaced."""
-    from tundish.job import cores
     from tundish.papers import sign_build
+    from tundish.processors import cores
 
     signature = sign_build(folder, key, threads or cores())
     show({"signature": str(signature)}, as_json, lambda document: f"signed: {document['signature']}")

@@ -26,11 +26,11 @@ from tundish.disk import disk_errors
 from tundish.divergence import Divergence
 from tundish.heldout import evaluation_text
 from tundish.integrity import require_intact
-from tundish.job import cores
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.measure import Request
 from tundish.model import open_model
 from tundish.picture import Mark, require_matplotlib, size_against_kl
+from tundish.processors import cores
 from tundish.recheck import recorded_recipe, recorded_source
 from tundish.recipe import Recipe
 from tundish.report import table

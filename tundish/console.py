@@ -14,7 +14,7 @@ from tundish.disk import disk_errors
 
 if TYPE_CHECKING:
     from tundish.events import Events
-    from tundish.job import Watcher
+    from tundish.watcher import Watcher
 
 state = ""  # what is said if the command is interrupted
 
@@ -52,7 +52,7 @@ def people(events: Events | None = None) -> Iterator[Watcher]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from tundish.job import Watcher
+    from tundish.watcher import Watcher
 
     def published(out: Path) -> None:
         if_interrupted("the build had been published by then")

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import IO, Any
 
 from converters.errors import UsageError
-from tundish.job import Watcher
+from tundish.watcher import Watcher
 
 _INTERVAL = 1.0  # seconds between two `progress` lines of a phase
 STANDARD_ERROR = "-"

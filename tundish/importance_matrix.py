@@ -27,11 +27,12 @@ from tundish.cache import in_use
 from tundish.calibrate import calibration_ids, linear_elements, origin_of, reading_asked, title_of
 from tundish.calibration_text import digest
 from tundish.disk import disk_errors
-from tundish.job import Choices, Watcher, settle_recipe, settle_source, telling_lines
+from tundish.job import Choices, settle_recipe, settle_source, telling_lines
 from tundish.model import open_model
 from tundish.publish import reclaim, staging
 from tundish.recipe import CalibrationSource, Recipe
 from tundish.recipe_errors import MisfitError
+from tundish.watcher import Watcher
 
 Form = Literal["gguf", "dat"]  # the generations of the file
 Squares = Mapping[str, NDArray[np.float64]]

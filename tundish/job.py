@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
@@ -53,6 +52,7 @@ from tundish.model import find_source, open_model
 from tundish.papers import write_licences
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import Poured, pour
+from tundish.processors import cores
 from tundish.publish import left_by_killed, publish, require_replaceable, restore
 from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
@@ -71,26 +71,11 @@ from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
 from tundish.source_card import licence_files
 from tundish.verify import verify
+from tundish.watcher import SILENT, Watcher
 from tundish.whereabouts import remember
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """How a job reports what it does: `say` a sentence, `start` a count of a total, `advance` it.
-
-    `published` is called with the build's folder once that has its final name; no signal comes between.
-    """
-
-    say: Callable[[str], None]
-    start: Callable[[str, int], None]
-    advance: Callable[[int], None]
-    published: Callable[[Path], None] = lambda out: None
-
-
-SILENT = Watcher(lambda text: None, lambda text, total: None, lambda amount: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +334,3 @@ def _note_source(source: Source, files: Mapping[str, str], watcher: Watcher) -> 
             remember(files, source.folder)
         except ResourceError as error:  # no reason to give up a build
             watcher.say(f"`tundish verify` will need --model: {error}")
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

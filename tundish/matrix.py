@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from converters.errors import ResourceError, TundishError, UsageError
 from tundish.events import Event, Events
-from tundish.job import cores
 from tundish.manifest_file import SIGNATURE
 from tundish.matrix_cluster import MEMORY, connected, require_workers
 from tundish.matrix_file import Cell, Matrix, MatrixModel
 from tundish.metrics import Run
 from tundish.papers import sign_folder
+from tundish.processors import cores
 from tundish.recipe import resolved_yaml
 from tundish.signing import Signer
 

@@ -14,9 +14,10 @@ from typing import Any
 from converters.errors import GateError, ResourceError, TundishError, UsageError
 from exporters.target import Target
 from tundish.integrity import require_intact
-from tundish.job import Watcher, cores
 from tundish.manifest_file import PAPERS, PROVENANCE, SIGNATURE, artifact_files
+from tundish.processors import cores
 from tundish.provenance import subjects
+from tundish.watcher import Watcher
 
 _DESTINATION = re.compile(r"hf://(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<folder>(?:/[^/\s]+)*)/?")
 _AT_ONCE = 256  # paths that the Hub is asked about in a request

@@ -22,13 +22,14 @@ from exporters.registry import EXPORTERS
 from tundish.gates import FailedGatesError, failed_gates, record_results
 from tundish.holding import holding
 from tundish.integrity import Signature, require_intact
-from tundish.job import Watcher, cores
 from tundish.manifest import verification_record
 from tundish.model import SAMPLE, find_source, open_model
+from tundish.processors import cores
 from tundish.publish import restore
 from tundish.recipe import Recipe, recipe_digest
 from tundish.settle import with_recorded_schemes
 from tundish.verify import verify
+from tundish.watcher import Watcher
 from tundish.whereabouts import recall
 
 

@@ -22,8 +22,9 @@ from exporters.base import Target
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import cache, calibrate, calibration_cache
 from tundish.cache import calibration_folders, calibrations, in_use, read_index
-from tundish.job import Choices, Watcher, build, plan_job
+from tundish.job import Choices, build, plan_job
 from tundish.manifest_file import read_manifest
+from tundish.watcher import Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT: dict[str, Any] = {"source": "text", "text": str(ROOT / "LICENSE"), "sequences": 2, "length": 32}

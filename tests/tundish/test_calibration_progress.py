@@ -30,7 +30,8 @@ KILLED = """
 import importlib, os, signal, sys
 from pathlib import Path
 from tundish import calibration_progress
-from tundish.job import SILENT, Choices, build
+from tundish.job import Choices, build
+from tundish.watcher import SILENT
 recipe, out, module, name, count, when = sys.argv[1:]
 calibration_progress._PATIENCE = 0
 owner = importlib.import_module(module)

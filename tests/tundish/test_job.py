@@ -33,11 +33,12 @@ from tundish import job, verify
 from tundish import publish as publishing
 from tundish.cache import collect
 from tundish.integrity import require_intact
-from tundish.job import Choices, Watcher, build
+from tundish.job import Choices, build
 from tundish.model import open_model
 from tundish.papers import sign_build
 from tundish.recheck import recorded_source, verify_again
 from tundish.recipe import load_recipe
+from tundish.watcher import Watcher
 
 for module in ("xllamacpp", "onnxruntime_genai", "openvino_genai", "mlx_lm"):
     pytest.importorskip(module)

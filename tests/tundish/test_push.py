@@ -19,11 +19,11 @@ from converters.errors import GateError, UsageError
 from exporters.base import Target
 from tests.hub_server import serve
 from tests.hub_uploads import LARGE, TOKEN, UploadHandler, UploadHub
-from tundish.job import SILENT
 from tundish.manifest_file import read_manifest
 from tundish.papers import write_papers
 from tundish.push import Push
 from tundish.push import push as push_build
+from tundish.watcher import SILENT
 
 REPO = "acme/tiny-int4"
 GATE: dict[str, Any] = {"name": "runtime", "figure": None, "threshold": None, "detail": ""}

@@ -22,9 +22,10 @@ from exporters.base import Target
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, plan, verify
 from tundish import pour as pouring
-from tundish.job import Choices, Watcher, build
+from tundish.job import Choices, build
 from tundish.journal import JOURNAL, Done, Journal, has_journal, read_journal
 from tundish.results import Gate, TargetResult
+from tundish.watcher import Watcher
 from tundish.worker import package_versions
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX locks")

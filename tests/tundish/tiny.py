@@ -11,7 +11,7 @@ from transformers import Phi3Config
 
 from tests.converters.tiny_models import longrope, randomize
 from tests.converters.tiny_tokenizers import LLAMA3, write_byte_level
-from tundish.job import Watcher
+from tundish.watcher import Watcher
 
 QUIET = Watcher(lambda text: None, lambda text, total: None, lambda amount: None)
 INT4 = {"default": "int4_g32", "overrides": {"embedding": "int8_g32", "lm_head": "int8_g32"}}
