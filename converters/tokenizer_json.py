@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
 
 from converters.errors import ModelError
 from converters.fast_tokenizer import SPACE
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from converters.vocabulary import is_filler
 
+_MEND = "Fetch the tokenizer files of the model again."
 ADDED = frozenset((TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     """The tokenizers library's own, for encoding. ModelError if it refuses the file."""
     try:
-        return FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+        found = FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
     except BaseException as error:  # a panic of its Rust code is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -25,8 +27,11 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
             "the tokenizers library cannot read this tokenizer",
             where="tokenizer.json",
             found=str(error)[:300],
-            mend="Fetch the tokenizer files of the model again.",
+            mend=_MEND,
         ) from error
+    if not isinstance(found.model, BPE):  # without a type, it takes what is no sound BPE for a list of words
+        raise ModelError("the tokenizer's model is damaged", where="tokenizer.json", expected="BPE", mend=_MEND)
+    return found
 
 
 def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:
