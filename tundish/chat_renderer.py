@@ -21,8 +21,11 @@ from converters.errors import ModelError
 from converters.tokenizer import Tokenizer
 from tundish.child import without_signing_key
 
-SECONDS = 5  # for one conversation
+SECONDS = 2  # of a processor, for one conversation; sound templates take milliseconds
 MEMORY = 1 << 29  # bytes, on top of what the process has when it begins
+CHARACTERS = 1 << 20  # of a prompt, on top of sixteen times the conversation's
+
+_MEND = "The template comes with the model: see whether a newer revision of it has another one."
 
 Render = Callable[[Sequence[Mapping[str, object]], bool], str]
 """Messages with "role" and "content", and whether the prompt for an answer follows -> the prompt."""
@@ -50,7 +53,7 @@ def chat_renderer(tokenizer: Tokenizer) -> Iterator[Render]:
 
 def _ask(process: subprocess.Popen[str], question: object) -> object:
     assert process.stdin is not None and process.stdout is not None
-    timer = threading.Timer(SECONDS * 4, process.kill)  # the child has its own limit, where the system has an alarm
+    timer = threading.Timer(SECONDS * 10, process.kill)  # the child has its own limit, where the system has such timers
     timer.start()
     try:
         process.stdin.write(json.dumps(question, default=str) + "\n")
@@ -65,7 +68,7 @@ def _ask(process: subprocess.Popen[str], question: object) -> object:
             "the chat template takes too long or too much memory",
             where="chat_template",
             expected=f"a prompt within {SECONDS} s and {MEMORY >> 20} MiB",
-            mend="The template comes with the model: see whether a newer revision of it has another one.",
+            mend=_MEND,
         )
     return json.loads(line)
 
@@ -89,15 +92,27 @@ def _serve() -> None:
     print("0", flush=True)
     for line in sys.stdin:
         messages, prompt = json.loads(line)
-        if hasattr(signal, "alarm"):
-            signal.alarm(seconds)  # which nobody handles: it ends the process
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal nobody handles: it ends the process
         try:
-            answer: object = render(template, variables, messages, prompt)
+            answer: object = _bounded(render(template, variables, messages, prompt), CHARACTERS + 16 * len(line))
         except ModelError as error:
             answer = {name: getattr(error, name) for name in ("what", "where", "expected", "found", "mend")}
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
+
+
+def _bounded(prompt: str, most: int) -> str:
+    if len(prompt) > most:
+        raise ModelError(
+            "the chat template makes too much of a conversation",
+            where="chat_template",
+            expected=f"at most {most:,} characters",
+            found=f"{len(prompt):,}",
+            mend=_MEND,
+        )
+    return prompt
 
 
 if __name__ == "__main__":
