@@ -33,6 +33,7 @@ from tundish.options import (
     TargetOption,
     ThreadsOption,
     VerifyOption,
+    can_be_looked_at,
 )
 from tundish.signals import ENDING, unwind_at_signals
 
@@ -307,7 +308,10 @@ def push(
 @app.command()
 def compare(
     artifacts: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Builds, or artifacts of them such as dist/a/gguf.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Builds, or artifacts of them such as dist/a/gguf.", callback=can_be_looked_at
+        ),
     ],
     model: Annotated[
         str | None, typer.Option("--model", help="The checkpoint they were made from. Default: the manifest's.")
@@ -363,7 +367,10 @@ def imatrix(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a build, an artifact folder or a weight file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint, a build, an artifact folder or a weight file.", callback=can_be_looked_at),
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors of a checkpoint or an artifact, a row each."""

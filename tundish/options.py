@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
+from converters.errors import UsageError
 from exporters.target import Target
+
+
+def can_be_looked_at(given: Path | list[Path]) -> Path | list[Path]:
+    """Paths that a command is to read. UsageError for what no file can be called, or nobody lets us see."""
+    for path in given if isinstance(given, list) else [given]:
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # the command says what it misses there
+        except OSError as error:
+            raise UsageError("cannot look at the path", where=str(path), found=error.strerror or str(error)) from error
+    return given
+
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `tundish recipes`) or a YAML file.")]
 ModelOption = Annotated[
@@ -17,7 +31,9 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to wri
 TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
-BuildArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.")]
+BuildArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `tundish build` wrote.", callback=can_be_looked_at)
+]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Check the signature with this public Ed25519 key, PEM.")]
 SignKeyOption = Annotated[
     Path | None,

@@ -206,7 +206,10 @@ def _base(extends: Located, path: Path, resolved: Path, library: Path) -> Path:
         raise Problem("wrong value for extends", extends.where, "the name or path of a recipe", found).error()
     file = name if name.endswith((SUFFIX, ".yml")) else name + SUFFIX
     candidates = [path.parent / file, library / file]
-    found_paths = [candidate for candidate in candidates if candidate.is_file()]
+    try:
+        found_paths = [candidate for candidate in candidates if candidate.is_file()]
+    except OSError as error:  # a name that is too long for one
+        raise Problem("extends no name of a file", extends.where, found=error.strerror or str(error)).error() from error
     if not found_paths:
         tried = " or ".join(dict.fromkeys(display(candidate) for candidate in candidates))
         raise Problem(f"extends a recipe that does not exist: {name!r}", extends.where, f"a file {tried}").error()

@@ -37,11 +37,12 @@ def text_files(path: Path) -> list[Path]:
 
     UsageError for a folder without any, or one that cannot be read.
     """
-    if not path.is_dir():
-        if path.exists() and not path.is_file():
-            raise UsageError("cannot read the text", where=str(path), expected="a file or a folder", found="neither")
-        return [path]
     try:
+        if not path.is_dir():
+            if path.exists() and not path.is_file():
+                expected = "a file or a folder"
+                raise UsageError("cannot read the text", where=str(path), expected=expected, found="neither")
+            return [path]
         found = sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file())
     except OSError as error:
         raise UsageError("cannot read the text", where=str(path), found=str(error)) from error

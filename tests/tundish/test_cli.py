@@ -293,6 +293,12 @@ def test_status_2_bad_usage(tundish: Run, gguf_recipe: Path, poured: Path, tmp_p
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("command", ["verify", "inspect", "compare", "sign", "push"])
+def test_status_2_a_name_that_no_file_has(tundish: Run, tmp_path: Path, command: str) -> None:
+    more = ["hf://owner/name"] if command == "push" else []
+    require_refusal(tundish(command, tmp_path / ("x" * 300), *more), 2, "cannot look at the path", "too long")
+
+
 def test_status_2_a_recipe_with_a_mistake_names_its_line(tundish: Run, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("description: x\ndevice: any\nmodel: {source: here}\nschemas: {}\n")
