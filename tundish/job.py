@@ -53,7 +53,7 @@ from tundish.papers import write_licences
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import Poured, pour
 from tundish.processors import cores
-from tundish.publish import left_by_killed, publish, require_replaceable, restore
+from tundish.publish import left_by_killed, publish, reclaim, require_name, require_replaceable, restore
 from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
 from tundish.results import TargetResult
@@ -192,9 +192,12 @@ def build(choices: Choices, watcher: Watcher) -> dict[str, Any]:
     signer = load_signer(choices.sign_key)
     out = output(choices, recipe)
     with holding(out, watcher.say):
-        restore(out, watcher.say)
-        require_replaceable(out, recipe.targets)
-        require_replaceable(rejected_name(out), Target)
+        rejected = rejected_name(out)
+        for name, targets in ((out, recipe.targets), (rejected, Target)):
+            restore(name, watcher.say)
+            require_replaceable(name, targets)
+        require_name(out)
+        reclaim(rejected, watcher.say)
         with left_by_killed(out, watcher.say, lambda folder: not choices.fresh and has_journal(folder)) as left:
             return _build(choices, recipe, out, left, signer, watcher)
 

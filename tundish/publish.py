@@ -65,6 +65,12 @@ def require_replaceable(out: Path, targets: Iterable[Target]) -> None:
         )
 
 
+def require_name(out: Path) -> None:
+    """ResourceError if what `staging` makes beside `out` can have no such name."""
+    with disk_errors(out), suppress(FileNotFoundError, NotADirectoryError):
+        out.with_name(f".{out.name}.{'x' * 8}.{_MACHINE}.partial").lstat()
+
+
 def files_in(folder: Path) -> set[str]:
     """Relative names of everything below a folder that is no folder itself; links are not followed.
 
@@ -239,7 +245,8 @@ def _reclaim(out: Path, say: Callable[[str], None], keep: Callable[[Path], bool]
 
 def _left_beside(out: Path) -> list[tuple[Path, str, str]]:
     """What is named as folders of builds of `out`, in that order: each with its machine and `partial` or `old`."""
-    left = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}(?:\.([0-9a-f]{{8}}))?\.(partial|old)")
+    # `rejected` is no random part, but the name of what `reject` replaces.
+    left = re.compile(rf"\.{re.escape(out.name)}\.(?!rejected\.)[a-z0-9_]{{8}}(?:\.([0-9a-f]{{8}}))?\.(partial|old)")
     try:
         found = sorted((path, match) for path in out.parent.iterdir() if (match := left.fullmatch(path.name)))
     except OSError:
@@ -323,8 +330,13 @@ def _exchange(folder: Path, out: Path, targets: Collection[Target]) -> None:
 
 
 def _rename_twice(folder: Path, out: Path, targets: Collection[Target]) -> None:
-    """Rename `folder` to `out`, and what stood there to `folder`, a name that says that it may be removed."""
-    aside = folder.with_suffix(".old")
+    """Rename `folder` to `out`, and what stood there to `folder`, a name that says that it may be removed.
+
+    In between it has a name that says whose it is: `restore` gives it back to `out` alone.
+    """
+    unique = re.fullmatch(r".*?((?:\.[a-z0-9_]{8}){1,2})\.partial", folder.name)
+    assert unique is not None, folder
+    aside = out.with_name(f".{out.name}{unique[1]}.old")
     try:
         if os.path.lexists(out):
             out.rename(aside)

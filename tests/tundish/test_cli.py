@@ -355,7 +355,9 @@ def test_status_5_a_place_that_cannot_be_reached(
 ) -> None:
     long = "x" * 300
     for out in (tmp_path / long / "x", tmp_path / long, tmp_path / long[:245]):
-        require_refusal(tundish("build", gguf_recipe, "--out", out), 5, "File name too long", "Choose a shorter --out")
+        ended = tundish("build", gguf_recipe, "--out", out)
+        require_refusal(ended, 5, "File name too long", "Choose a shorter --out")
+        assert "planning" not in ended.err, "before any work"
     closed, stat = tmp_path / "closed", os.stat
 
     def refusing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:  # as a system does, but for root
