@@ -1,8 +1,9 @@
 """How long a build would take here, from about a second of the very work that it would do.
 
 A block of the model's own weights goes through the pour's block function for each kind of work, pieces of the
-checkpoint are read, some megabytes are hashed and some written to a nameless file on the disk of --out. As many threads
-as the build would have do each of these at the same time, so the figures hold what threads take from one another.
+checkpoint are read, some megabytes are hashed and some written to files on the disk of --out, which are then removed.
+As many threads as the build would have do each of these at the same time, so the figures hold what threads take from
+one another.
 """
 
 from __future__ import annotations
@@ -193,13 +194,14 @@ def _quantize_seconds(
     kind: Kind, layouts: Mapping[Target, Layout], calibrated: bool, patience: float, together: Together
 ) -> float:
     """Of all matrices of a kind, while every thread does the same: quantizing and packing, reading left out."""
-    rows = _first_block(kind.weight, layouts)
-    read = together(lambda: kind.weight.source.read(0, rows))
-    spent = [together(lambda: _pour(kind.weight, rows, layouts, calibrated))]
-    while sum(spent) < patience:
+    source, rows = kind.weight.source, _first_block(kind.weight, layouts)
+    source.read(0, rows)  # into memory, where the pours below find them: a read from the disk would outlast those
+    read, spent = list[float](), list[float]()
+    while not spent or sum(spent) < patience:
+        read.append(together(lambda: source.read(0, rows)))
         spent.append(together(lambda: _pour(kind.weight, rows, layouts, calibrated)))
     blocks = kind.elements / (rows * math.prod(kind.weight.shape[1:]))
-    return max(min(spent) - read, 0.0) * blocks
+    return max(min(spent) - min(read), 0.0) * blocks
 
 
 def _read_seconds(graph: Graph, threads: int, together: Together) -> float:
