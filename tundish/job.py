@@ -135,7 +135,7 @@ def settle_source(choices: Choices, recipe: Recipe) -> Source:
 
 @telling_lines
 def plan_job(choices: Choices, watcher: Watcher = SILENT) -> tuple[Recipe, Plan]:
-    """What a build would write and need; writes a temporary file to measure the disk, and nothing else.
+    """What a build would write and need; writes temporary files to measure the disk, and nothing else.
 
     What this machine lacks for it is its `shortage`; the time is measured where there is none. A budget has the
     sensitivity of every matrix measured, which takes minutes, and is kept in the cache for the build.
@@ -156,12 +156,13 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
     prepare = perf_counter() - start - plan.compiling - memory.seconds  # these once: the next build finds them
     out = output(choices, recipe)
+    text = None
     if not choices.fresh and may_be_kept(model.graph, recipe):
-        if text := calibration_text(model, recipe, watcher.say):
-            key = key_of(model, recipe, text, checkpoint())
-            plan = plan.with_cached_calibration() if is_kept(key) else plan
-    else:
+        text = calibration_text(model, recipe, watcher.say)
+    if text is None:
         check_calibration(model, recipe, watcher.say)
+    elif is_kept(key_of(model, recipe, text, checkpoint())):
+        plan = plan.with_cached_calibration()
     shortage = shortage_of(plan, out, cache_disk())
     if shortage is not None:
         return recipe, replace(plan, shortage=shortage)
@@ -250,7 +251,7 @@ def _build(
         key = None if text is None else key_of(model, recipe, text, this.sha256())
         with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
             plan = plan if keeper.found is None else plan.with_cached_calibration()
-            shortage = shortage_of(replace(plan, disk=plan.disk - bytes_in(left)), out, cache_disk())
+            shortage = shortage_of(plan, out, cache_disk(), bytes_in(left))
             if shortage is not None:
                 raise shortage
             with fixed_blas():

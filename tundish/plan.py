@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -71,15 +71,20 @@ class Plan:
     layouts: Mapping[Target, Layout]
     rows: tuple[Row, ...]
     semantics: Mapping[Target, Semantics]
-    disk: int  # in all
-    kept: int  # of the disk: the calibration's codes, which are in the cache
+    written: int  # beside --out: artifacts, manifest and journal
+    kept: int  # in the cache: the calibration's codes
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
     time: Time | None = None  # None: not measured
     compiling: float = 0.0  # seconds in which kernels were compiled, or loaded where they had been
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
     assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
     cached: bool = False  # the calibration
-    scratch: int = 0  # of the disk: what the calibration has in the cache until it is done
+    scratch: int = 0  # in the cache until the calibration is done, and nothing is written beside --out
+
+    @property
+    def disk(self) -> int:
+        """In all, where one disk has both --out and the cache."""
+        return max(self.written, self.scratch) + self.kept
 
     @property
     def memory(self) -> int:
@@ -94,12 +99,7 @@ class Plan:
     def with_cached_calibration(self) -> Plan:
         """The same, with the calibration done."""
         phases = {name: nbytes for name, nbytes in self.phases.items() if name != "calibration"}
-        return replace(self, disk=self.written, kept=0, scratch=0, phases=phases, cached=True)
-
-    @property
-    def written(self) -> int:
-        """Bytes of the disk that the artifacts take."""
-        return sum(layout.nbytes for layout in self.layouts.values()) + _MANIFEST_BYTES
+        return replace(self, kept=0, scratch=0, phases=phases, cached=True)
 
 
 def make_plan(
@@ -120,9 +120,8 @@ def make_plan(
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
-    kept, scratch = _kept_bytes(graph, read), scratch_bytes(graph, read)
     written = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + _journal_bytes(graph)
-    disk = max(written, scratch) + kept
+    kept, scratch = _kept_bytes(graph, read), scratch_bytes(graph, read)
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
     warm_up(graph, layouts, calibrated)
@@ -137,7 +136,7 @@ def make_plan(
         phases["budget"] = held + budget_bytes(graph, recipe)
     if verified and recipe.verify.enabled:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
-    return Plan(layouts, rows, semantics, disk, kept, phases, compiling=compiling, scratch=scratch)
+    return Plan(layouts, rows, semantics, written, kept, phases, compiling=compiling, scratch=scratch)
 
 
 def own_memory() -> int:
@@ -231,23 +230,16 @@ def disk_of(out: Path) -> Path:
     return parent
 
 
-def shortage_of(plan: Plan, out: Path, cache: Path | None = None) -> ResourceError | None:
+def shortage_of(plan: Plan, out: Path, cache: Path | None = None, already: int = 0) -> ResourceError | None:
     """What the disk that holds `out` or the free memory lacks for the plan; None if they can take it.
 
     `cache`: a folder on the disk that takes what is kept of the calibration; None: that of `out` does.
+    `already`: bytes of what is to be written that are there, left by a killed build.
     """
     parent = disk_of(out)
     if not os.access(parent, os.W_OK):
         return ResourceError("cannot write", where=str(parent), mend="Choose an --out that you may write to.")
-    apart = plan.kept + plan.scratch if cache is not None and cache.stat().st_dev != parent.stat().st_dev else 0
-    mend = "Free space, choose another --out, or fewer targets with --target."
-    if plan.scratch > plan.written:
-        mend = "Free space, or lower calibration.sequences or calibration.length: what they come to is kept."
-    needs = [(parent, plan.written if apart else plan.disk, mend)]
-    if cache is not None and apart:
-        mend = "Free space in the cache, see `tundish cache gc`, or set TUNDISH_CACHE to a folder on another disk."
-        needs.append((cache, apart, mend))
-    for folder, nbytes, mend in needs:
+    for folder, nbytes, mend in _disk_needs(plan, parent, cache, already):
         free = shutil.disk_usage(folder).free
         if free < nbytes:
             expected = f"{nbytes:,} bytes free"
@@ -259,3 +251,17 @@ def shortage_of(plan: Plan, out: Path, cache: Path | None = None) -> ResourceErr
             mend = "Lower calibration.sequences or calibration.length, or choose a method that fits no matrices."
         return ResourceError("not enough memory", expected=f"{plan.memory:,} bytes", found=f"{available:,}", mend=mend)
     return None
+
+
+def _disk_needs(plan: Plan, parent: Path, cache: Path | None, already: int) -> Iterator[tuple[Path, int, str]]:
+    """A folder on each disk, the bytes that have to be free there, and what to do if they are not."""
+    written = max(plan.written - already, 0)
+    mend = "Free space, choose another --out, or fewer targets with --target."
+    if cache is not None and cache.stat().st_dev != parent.stat().st_dev:
+        yield parent, written, mend
+        mend = "Free space in the cache, see `tundish cache gc`, or set TUNDISH_CACHE to a folder on another disk."
+        yield cache, plan.scratch + plan.kept, mend
+        return
+    if plan.scratch > written:
+        mend = "Free space, or lower calibration.sequences or calibration.length: what they come to is kept."
+    yield parent, max(written, plan.scratch) + plan.kept, mend

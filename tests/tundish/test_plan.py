@@ -7,21 +7,26 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from numpy.typing import NDArray
 
 from converters.errors import UsageError
 from converters.quantize.stream import ROOM
 from converters.source import Source
 from exporters.base import Model
 from exporters.registry import EXPORTERS
-from tests.tundish.tiny import INT4, write_recipe
-from tundish.job import Choices, plan_job
+from tests.tundish.tiny import INT4, QUIET, write_recipe
+from tundish.calibration_text import Origin, calibration_sequences
+from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.plan import Plan, make_plan, own_memory, shortage_of
 from tundish.recipe import Recipe, load_recipe
 
+LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 CALIBRATED = {"source": "random-tokens", "tokens": 16}
 
 
@@ -71,7 +76,7 @@ def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: 
         if len(weight.shape) == 2 and weight.name != "embedding"
     )
     plain = make_plan(model, recipe, EXPORTERS).disk
-    assert planned("rtn", 1).disk == plain
+    assert planned("rtn", 1).disk == planned("gptq", 1).with_cached_calibration().disk == plain
     assert (
         planned("gptq", 1).disk - plain == pytest.approx(codes, rel=0.05) and planned("gptq", 1).disk >= plain + codes
     )
@@ -107,6 +112,21 @@ def test_codes_need_the_disk_of_the_cache(checkpoint: Path, tmp_path: Path, monk
     assert told(plan.written, apart) == "None"
     assert str(cache) in (short := told(plan.disk, apart - 1)) and "TUNDISH_CACHE" in short
     assert "--out" in told(plan.written - 1, apart)
+    plan = replace(plan, scratch=2 * plan.written)
+    assert "fewer targets" in told(plan.written - 1, plan.disk), "no calibration is on that disk"
+
+
+def test_what_is_there_already_is_room_for_the_pour_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration's files come beside what a killed build has left."""
+    plan = replace(make_plan(*opened(checkpoint, tmp_path), EXPORTERS, verified=False), kept=1000, scratch=2000)
+    usage = shutil.disk_usage(tmp_path)
+    for already, needed in ((0, plan.written + 1000), (4000, plan.written - 3000), (plan.written, 3000)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed: usage._replace(free=free))
+        assert shortage_of(plan, tmp_path / "out", already=already) is None
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed - 1: usage._replace(free=free))
+        assert f"expected {needed:,} bytes" in str(shortage_of(plan, tmp_path / "out", already=already))
 
 
 def test_each_thread_needs_its_blocks(checkpoint: Path, tmp_path: Path) -> None:
@@ -179,6 +199,11 @@ def test_an_importance_matrix_that_the_build_would_refuse(checkpoint: Path, tmp_
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
     with pytest.raises(UsageError, match=r"cannot read the importance matrix.*i\.gguf"):
         plan_job(Choices(str(recipe), verify=False))
+    text = {"source": "text", "text": str(LICENSE), "sequences": 1, "length": 32}
+    other = write_recipe(tmp_path / "t.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=text)
+    build(Choices(str(other), out=tmp_path / "out", verify=False), QUIET)
+    with pytest.raises(UsageError, match=r"cannot read the importance matrix.*i\.gguf"):
+        plan_job(Choices(str(recipe), verify=False))
 
 
 def test_a_dataset_is_looked_for_and_not_read(
@@ -197,7 +222,14 @@ def test_little_of_a_long_calibration_is_looked_at(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tundish.calibrate.CHECKED", 256)
-    text = Path(__file__).resolve().parents[2] / "LICENSE"
-    calibration = {"source": "text", "text": str(text), "sequences": 1 << 16, "length": 64}
+    asked: list[tuple[int, int]] = []
+
+    def noted(model: Model, origin: Origin, sequences: int, length: int, *others: Any) -> NDArray[np.int64]:
+        asked.append((sequences, length))
+        return calibration_sequences(model, origin, sequences, length, *others)
+
+    monkeypatch.setattr("tundish.calibrate.calibration_sequences", noted)
+    calibration = {"source": "text", "text": str(LICENSE), "sequences": 1 << 16, "length": 64}
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, schemes=INT4, calibration=calibration)
     plan_job(Choices(str(recipe), verify=False))
+    assert asked == [(4, 64)]

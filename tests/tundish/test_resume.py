@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from exporters.base import Target
 from tests.tundish.tiny import INT4, QUIET, write_recipe
 from tundish import job, plan, verify
 from tundish import pour as pouring
+from tundish.cache import cache_disk
 from tundish.job import Choices, build
 from tundish.journal import JOURNAL, Done, Journal, has_journal, read_journal
 from tundish.results import Gate, TargetResult
@@ -298,14 +300,25 @@ def test_an_error_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_left_counts_as_room(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_is_left_counts_as_room(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    """Also where the cache is on another disk."""
     interrupted(recipe, tmp_path / "out")
-    usage, needed = shutil.disk_usage(tmp_path), list[int]()
+    stat = Path.stat
+
+    def elsewhere(path: Path, **names: bool) -> os.stat_result:
+        state = stat(path, **names)
+        return os.stat_result((*state[:2], state.st_dev + apart, *state[3:10])) if path == cache else state
+
+    cache = cache_disk()
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    usage = shutil.disk_usage(tmp_path)
     make_plan = plan.make_plan
 
     def tight(*arguments: Any) -> plan.Plan:
-        made = make_plan(*arguments)
-        needed.append(made.disk)
+        made = replace(make_plan(*arguments), kept=1)  # or nothing is asked of the cache's disk
         free = made.disk - sum(big.nbytes for each in made.layouts.values() for big in each.big.values())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
         return made
