@@ -177,8 +177,7 @@ def matrix(
         into = (out or asked.out or Path("dist") / require_folder_name(file.stem, str(file))).absolute()
         options = matrices.Options(into, scheduler, nbytes, threads, fresh, load_signer(sign_key))
         with people(observed.events) as told:
-            outcomes = matrices.run_matrix(asked, options, observed.events, told.say)
-        observed.runs = [outcome.as_run() for outcome in outcomes]
+            outcomes = matrices.run_matrix(asked, options, observed, told.say)
         show(matrices.document_of(outcomes, into), as_json, tables.matrix_text)
         matrices.require_built(outcomes)
 

@@ -22,6 +22,7 @@ from tundish.manifest_file import SIGNATURE
 from tundish.matrix_cluster import MEMORY, connected, require_workers
 from tundish.matrix_file import Cell, Matrix, MatrixModel
 from tundish.metrics import Run
+from tundish.observe import Observed
 from tundish.papers import sign_folder
 from tundish.processors import cores
 from tundish.recipe import resolved_yaml
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tundish.matrix_worker import Answer
 
 _RETRIES = 1  # of a task whose process was killed
+_SURVEY_BYTES = 1 << 30  # that a survey takes, about: libraries, kernels, a tokenizer with its text, but no weights
 
 Json = dict[str, Any]
 
@@ -97,8 +99,8 @@ class MatrixError(TundishError):
         self.exit_status = max(outcome.status for outcome in failed)
 
 
-def run_matrix(matrix: Matrix, options: Options, events: Events, say: Callable[[str], None]) -> list[Outcome]:
-    """Build what is not there yet, and return how each cell ended, in their order.
+def run_matrix(matrix: Matrix, options: Options, observed: Observed, say: Callable[[str], None]) -> list[Outcome]:
+    """Build what is not there yet, and return how each cell ended, in their order; `observed` has each as it ends.
 
     UsageError if there is no Dask, no scheduler, or none of its workers can do it. A cell that fails is an outcome.
     """
@@ -107,10 +109,10 @@ def run_matrix(matrix: Matrix, options: Options, events: Events, say: Callable[[
         raise UsageError("--memory is of this machine, and --scheduler of others", mend=mend)
     with connected(options.scheduler, options.memory, len(matrix.cells)) as client:
         run = f"tundish-{secrets.token_hex(4)}"
-        client.subscribe_topic(run, lambda event: _relay(event[1], events, say))
+        client.subscribe_topic(run, lambda event: _relay(event[1], observed.events, say))
         folders = {_source(cell.model) for cell in matrix.cells if _is_folder(cell.model)}
         memory = require_workers(client, options.scheduler, options.out, sorted(folders))
-        return _Matrix(client, matrix, options, events, say, run, memory).run()
+        return _Matrix(client, matrix, options, observed, say, run, memory).run()
 
 
 def require_built(outcomes: list[Outcome]) -> None:
@@ -154,7 +156,7 @@ class _Matrix:
     client: Client
     matrix: Matrix
     options: Options
-    events: Events
+    observed: Observed
     say: Callable[[str], None]
     run_name: str
     memory: int  # of the largest worker
@@ -178,7 +180,8 @@ class _Matrix:
         from distributed import as_completed
 
         models = dict.fromkeys(cell.model for cell in self.matrix.cells)
-        futures = [self._submit(model, "survey", self._cells_of(model), 1, self.options.threads) for model in models]
+        memory, threads = min(_SURVEY_BYTES, self.memory), self.options.threads
+        futures = [self._submit(model, "survey", self._cells_of(model), memory, threads) for model in models]
         for future in as_completed(futures, loop=self.client.loop):
             model = self.futures[future]
             assert isinstance(model, MatrixModel)
@@ -302,7 +305,8 @@ class _Matrix:
             result, status, message = "failed", error.exit_status, str(error)
         outcome = Outcome(cell, self._out(cell), result, status, message, manifest, answer.worker, seconds)
         self.outcomes[cell.name] = outcome
-        self.events.emit("cell", **outcome.as_dict())
+        self.observed.runs.append(outcome.as_run())
+        self.observed.events.emit("cell", **outcome.as_dict())
         self.say(f"[{cell.name}] {result}" + (f": {message}" if message else ""))
 
     def _sign(self, cell: Cell, result: str) -> None:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from converters.errors import UsageError
 from tundish.folder_name import EXPECTED, folded, is_folder_name
-from tundish.recipe import Recipe, load_recipe
+from tundish.recipe import Recipe, load_recipe, recipe_name
 from tundish.recipe_errors import locate, problems_of
 from tundish.recipe_yaml import Located, Problem, raise_all, read_yaml
 
@@ -176,7 +176,7 @@ def _is_model(name: str, model: MatrixModel) -> bool:
 
 
 def _is_recipe(name: str, recipe: str) -> bool:
-    return name in (recipe, Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
+    return name in (recipe, recipe_name(recipe))
 
 
 def _ambiguous(asked: list[tuple[MatrixModel, Located]]) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from tundish.events import Events, written
 from tundish.gates import FailedGatesError
 from tundish.manifest_file import read_manifest
 from tundish.metrics import Run, require_writable, write_metrics
-from tundish.recipe import load_recipe
+from tundish.recipe import load_recipe, recipe_name
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ def _write(metrics: Path, runs: list[Run]) -> TundishError | None:
 
 def build_titles(recipe: str, model: str | None) -> Titles:
     """What a build's recipe and model are called, also where they cannot be read."""
-    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    name = recipe_name(recipe)
     if model is None:
         try:
             model = load_recipe(recipe).model.source

@@ -418,6 +418,11 @@ def line_of(name_or_path: str | Path, key: Sequence[str | int]) -> Where:
     return locate(resolve(_find(name_or_path), LIBRARY, NOT_INHERITED, [], {}), key)[0].where
 
 
+def recipe_name(name_or_path: str) -> str:
+    """What load_recipe's recipe is called, also where it cannot be loaded."""
+    return Path(name_or_path).stem if _is_path(name_or_path) else name_or_path
+
+
 def list_recipes() -> list[Recipe]:
     """Every packaged recipe, by name."""
     files: Files = {}
@@ -490,9 +495,13 @@ def _plain(recipe: Recipe) -> dict[str, Json]:
     return plain
 
 
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith((SUFFIX, ".yml")) or "/" in name_or_path or "\\" in name_or_path
+
+
 def _find(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith((SUFFIX, ".yml")) or "/" in text or "\\" in text:
+    if isinstance(name_or_path, Path) or _is_path(text):
         try:
             path = Path(name_or_path).expanduser()
             is_file = path.is_file()

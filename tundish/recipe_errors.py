@@ -53,10 +53,10 @@ class MisfitError(UsageError):
         super().__init__(what, where=where or _dotted(key), expected=expected, found=found, mend=mend)
         self.key = key
 
-    def at(self, where: Where) -> MisfitError:
-        """The same, at that line."""
+    def at(self, where: Where | None) -> MisfitError:
+        """The same, at that line; at none, it names its key again."""
         parts = {"expected": self.expected, "found": self.found, "mend": self.mend}
-        return MisfitError(self.what, self.key, where=str(where), **parts)
+        return MisfitError(self.what, self.key, where=None if where is None else str(where), **parts)
 
 
 def locate(located: Located, path: Sequence[str | int]) -> tuple[Located, Path]:

@@ -13,7 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import pytest
 
 from converters.errors import UsageError
 from tests.tundish.keys import write_keys
-from tests.tundish.tiny import INT4, write_recipe, write_tiny_phi3
-from tundish import matrix, matrix_cluster
+from tests.tundish.tiny import INT4, QUIET, write_recipe, write_tiny_phi3
+from tundish import cli, matrix, matrix_cluster, matrix_worker
 from tundish.events import Events
 from tundish.integrity import Signature, require_intact
 from tundish.matrix_file import load_matrix
+from tundish.observe import Observed
+from tundish.watcher import Watcher
 
 pytest.importorskip("distributed")
 
@@ -151,6 +154,53 @@ def test_cells_are_built_then_reused(place: Place, checkpoint: Path) -> None:
     assert artifact.read_bytes() == data, "the same bytes as before"
     for name in ("int4", "fp32"):
         assert require_intact(folder / "out" / title / name, 1, folder / "key.pub").signature is Signature.VALID
+
+
+def test_what_ended_before_an_interrupt_is_in_the_metrics(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = matrix_worker.Answer(3, "no model", {}, "here", 0.0)
+    monkeypatch.setattr(matrix_worker, "_run", lambda *arguments: answer)
+
+    @contextmanager
+    def interrupting(events: Events) -> Iterator[Watcher]:
+        def say(text: str) -> None:
+            sys.exit(128 + signal.SIGINT)  # as tundish.signals has it
+
+        yield replace(QUIET, say=say)
+
+    monkeypatch.setattr(cli, "people", interrupting)
+    write_matrix(tmp_path, [checkpoint], {"a": {}, "b": {}})
+    metrics = tmp_path / "m.prom"
+    monkeypatch.setattr(sys, "argv", ["tundish", "matrix", str(tmp_path / "m.yaml"), "--metrics", str(metrics)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    failures = [line for line in metrics.read_text().splitlines() if line.startswith("tundish_failures_total{")]
+    assert len(failures) == 2
+    assert 'command="build"' in failures[0] and 'recipe="a",status="3"} 1' in failures[0]
+    assert 'command="matrix"' in failures[1] and 'status="130"} 1' in failures[1]
+
+
+def test_surveys_keep_to_the_memory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = list[str](), list[int]()
+
+    def surveyed(asked: matrix_worker.Asked, *others: object) -> matrix_worker.Answer:
+        running.append(asked.model)
+        most.append(len(running))
+        time.sleep(0.3)
+        running.remove(asked.model)
+        return matrix_worker.Answer(3, "no model", {}, "here", 0.0)
+
+    monkeypatch.setattr(matrix_worker, "_run", surveyed)
+    monkeypatch.setattr("dask.system.CPU_COUNT", 2)
+    (tmp_path / "other").mkdir()
+    write_matrix(tmp_path, [checkpoint, tmp_path / "other"], {"a": {}})
+    for memory, together in ((3 << 30, 2), (1 << 30, 1), (1 << 20, 1)):
+        most.clear()
+        options = matrix.Options(tmp_path / "out", memory=memory)
+        observed = Observed(Events(lambda event: None))
+        outcomes = matrix.run_matrix(load_matrix(tmp_path / "m.yaml"), options, observed, lambda text: None)
+        assert [outcome.status for outcome in outcomes] == [3, 3] and max(most) == together
 
 
 @pytest.mark.slow
@@ -321,6 +371,6 @@ def test_workers_that_will_not_do(place: Place, checkpoint: Path, cluster: Any) 
 def test_no_scheduler(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_matrix(tmp_path, [checkpoint], {"int4": {"schemes": INT4, "verify": OFF}})
     monkeypatch.setattr(matrix_cluster, "_CONNECT", "500ms")
-    options = matrix.Options(tmp_path / "out", "tcp://127.0.0.1:1")
+    options, observed = matrix.Options(tmp_path / "out", "tcp://127.0.0.1:1"), Observed(Events(lambda event: None))
     with pytest.raises(UsageError, match=r"no Dask scheduler answers \(tcp://127.0.0.1:1\)"):
-        matrix.run_matrix(load_matrix(tmp_path / "m.yaml"), options, Events(lambda event: None), lambda text: None)
+        matrix.run_matrix(load_matrix(tmp_path / "m.yaml"), options, observed, lambda text: None)
