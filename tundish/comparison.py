@@ -33,7 +33,8 @@ from tundish.picture import Mark, require_matplotlib, size_against_kl
 from tundish.processors import cores
 from tundish.recheck import recorded_recipe, recorded_source
 from tundish.recipe import Recipe
-from tundish.report import table
+from tundish.report import cell, table
+from tundish.scratch import temporary_folder
 from tundish.settle import with_recorded_schemes
 from tundish.text_files import Conversation, read_texts, text_files
 from tundish.verify import cut, divergence_of, missing_runtime, reference_logits, stream_of
@@ -125,8 +126,7 @@ def compare(asked: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     count, length = _evaluation(asked, artifacts, models)
     model = models[first.folder]
     rows: list[dict[str, Any]] = []
-    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-compare-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder() as folder:
         sequences = cut(stream_of(model, _texts(asked)), count, length, str(asked.text or _text_name(asked)))
         say(f"reference: the interpreter reads {count} × {length} tokens of {_text_name(asked)} in float32")
         np.save(folder / "sequences.npy", sequences)

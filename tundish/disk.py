@@ -9,16 +9,18 @@ from pathlib import Path
 
 from converters.errors import ResourceError
 
+IN_PLACE = "Free space there, or have the folder be one that you may write to; then say the same again."
+
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError below into a ResourceError that says what is needed."""
+def disk_errors(folder: Path, mend: str | None = None) -> Iterator[None]:
+    """Turn an OSError below into a ResourceError that says what is needed: of --out, unless another `mend` is given."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        mend = {
+        mend = mend or {
             errno.ENOSPC: "Free space or choose another --out; `tundish plan` prints what is needed.",
             errno.EDQUOT: "The quota is used up; choose another --out.",
             errno.EACCES: "Choose an --out that you may write to.",

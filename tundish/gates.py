@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import GateError
-from tundish.disk import disk_errors
+from tundish.disk import IN_PLACE, disk_errors
 from tundish.manifest import verification_record
 from tundish.papers import write_papers
 from tundish.publish import reject
@@ -64,5 +64,5 @@ def record_results(
     """Write the manifest, with what verification found, and what goes with it. What missed a gate is not signed."""
     if results is not None:
         manifest["verification"] = verification_record(results)
-    with disk_errors(out), deferred_signals():
+    with disk_errors(out, IN_PLACE if folder == out else None), deferred_signals():
         write_papers(folder, manifest, None if failed_gates(results or ()) else signer)

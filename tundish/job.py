@@ -53,7 +53,7 @@ from tundish.papers import write_licences
 from tundish.plan import Plan, disk_of, make_plan, shortage_of
 from tundish.pour import Poured, pour
 from tundish.processors import cores
-from tundish.publish import left_by_killed, publish, reclaim, require_name, require_replaceable, restore
+from tundish.publish import left_by_killed, publish, reclaim, require_name, require_replaceable, restore, staging
 from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
 from tundish.results import TargetResult
@@ -321,12 +321,13 @@ def _verified(
         return None
 
     def note(result: TargetResult) -> None:
-        with disk_errors(this.out):
-            files = manifest["targets"][result.target]["files"]
-            journal.add_verified(result.target, verified_record(result, files))
+        files = manifest["targets"][result.target]["files"]
+        journal.add_verified(result.target, verified_record(result, files))
 
-    matrices = poured.matrices
-    results = verify(model, this.source, recipe, EXPORTERS, folder, matrices, this.threads, say, passed, note)
+    with disk_errors(this.out), staging(this.out) as scratch:  # beside the build's folder, all of which is published
+        results = verify(
+            model, this.source, recipe, EXPORTERS, folder, poured.matrices, scratch, this.threads, say, passed, note
+        )
     this.require_unchanged()
     return results
 

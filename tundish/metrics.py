@@ -64,7 +64,7 @@ def require_writable(path: Path) -> None:
         raise UsageError("the textfile collector reads files that end in .prom", where=str(path))
     if not path.absolute().parent.is_dir():
         raise UsageError("no such folder", where=str(path.absolute().parent), mend=_MEND)
-    with disk_errors(path):
+    with disk_errors(path, _MEND):
         _read(path)
 
 
@@ -72,7 +72,7 @@ def write_metrics(path: Path, runs: list[Run]) -> None:
     """Add these runs to the file. ResourceError if it cannot be written, UsageError if it is not of ours."""
     from prometheus_client import CollectorRegistry, write_to_textfile
 
-    with disk_errors(path):
+    with disk_errors(path, _MEND):
         samples = _read(path)
         for run in runs:
             _add(samples, run)

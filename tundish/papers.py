@@ -14,7 +14,7 @@ from converters.errors import GateError, UsageError
 from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tundish.cards import model_card
-from tundish.disk import disk_errors
+from tundish.disk import IN_PLACE, disk_errors
 from tundish.integrity import require_intact
 from tundish.manifest_file import MANIFEST, PROVENANCE, REPORT, SIGNATURE, manifest_bytes, write_files
 from tundish.provenance import statement_bytes
@@ -67,7 +67,7 @@ def sign_folder(folder: Path, signer: Signer, threads: int) -> None:
     failed = [target for target, result in (manifest["verification"] or {}).items() if result["passed"] is False]
     if failed:
         raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
-    with disk_errors(folder):
+    with disk_errors(folder, IN_PLACE):
         write_files(folder, {SIGNATURE: sign((folder / PROVENANCE).read_bytes(), signer)})
 
 

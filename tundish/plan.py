@@ -36,7 +36,7 @@ from tundish.divergence import ROWS
 from tundish.estimate import Time, warm_up
 from tundish.pour import BLOCK_ELEMENTS, BLOCKS_AHEAD, row_blocks
 from tundish.recipe import Recipe
-from tundish.verify import LONG_TAIL, evaluation_shape, long_length
+from tundish.verify import LONG_TAIL, evaluation_shape, long_length, verifying_bytes
 
 if TYPE_CHECKING:  # it brings a solver, which few recipes need
     from tundish.budget import Assignment
@@ -71,7 +71,7 @@ class Plan:
     layouts: Mapping[Target, Layout]
     rows: tuple[Row, ...]
     semantics: Mapping[Target, Semantics]
-    written: int  # beside --out: artifacts, manifest and journal
+    written: int  # beside --out: artifacts, manifest, journal, and the logits of verification
     kept: int  # in the cache: the calibration's codes
     phases: Mapping[str, int]  # peak memory of each phase in this process; a runtime that verifies has its own
     time: Time | None = None  # None: not measured
@@ -120,7 +120,9 @@ def make_plan(
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
+    verifying = verified and recipe.verify.enabled
     written = sum(layout.nbytes for layout in layouts.values()) + _MANIFEST_BYTES + _journal_bytes(graph)
+    written += verifying_bytes(model, recipe) if verifying else 0  # beside the artifacts, until it is done
     kept, scratch = _kept_bytes(graph, read), scratch_bytes(graph, read)
     calibrated = is_calibrated(graph, recipe)
     start = perf_counter()
@@ -134,7 +136,7 @@ def make_plan(
         phases["calibration"] = held + calibration_bytes(graph, read)
     if recipe.budget is not None:
         phases["budget"] = held + budget_bytes(graph, recipe)
-    if verified and recipe.verify.enabled:
+    if verifying:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
     return Plan(layouts, rows, semantics, written, kept, phases, compiling=compiling, scratch=scratch)
 

@@ -27,6 +27,7 @@ from tundish.model import SAMPLE, find_source, open_model
 from tundish.processors import cores
 from tundish.publish import restore
 from tundish.recipe import Recipe, recipe_digest
+from tundish.scratch import temporary_folder
 from tundish.settle import with_recorded_schemes
 from tundish.verify import verify
 from tundish.watcher import Watcher
@@ -56,7 +57,8 @@ def _verify_again(folder: Path, model: str | None, count: int, watcher: Watcher,
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     with blaming_changes(source.folder, stamp):
         opened = with_recorded_schemes(open_model(source, recipe), recipe, manifest)
-        results = verify(opened, source, recipe, EXPORTERS, folder, digests, count, watcher.say)
+        with temporary_folder() as scratch:
+            results = verify(opened, source, recipe, EXPORTERS, folder, digests, scratch, count, watcher.say)
     require_unchanged(source.folder, stamp)
     if intact.signature is Signature.NONE:
         record_results(manifest, results, folder, folder)

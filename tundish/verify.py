@@ -29,7 +29,6 @@ from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Exporter, Model, Semantics, Target
 from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
-from tundish.disk import disk_errors
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
 from tundish.recipe import Gates, Recipe
@@ -38,6 +37,7 @@ from tundish.worker import Request
 
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
+_BESIDE_LOGITS = 16 << 20  # bytes of token ids, logs and what a runtime leaves, generously
 _MAX_SPECIAL_TEXTS = 64
 _SHOWN_ANSWER = 60  # characters of one that does not end
 
@@ -61,6 +61,7 @@ def verify(
     exporters: Mapping[Target, Exporter],
     artifacts: Path,
     digests: Mapping[str, str],
+    scratch: Path,
     threads: int,
     say: Callable[[str], None],
     known: Mapping[Target, TargetResult] | None = None,
@@ -68,22 +69,22 @@ def verify(
 ) -> tuple[TargetResult, ...]:
     """Verify artifacts/<target> for each target of the recipe, one runtime after the other.
 
-    Results that are `known` are taken as they are; `done` is told each of the others.
+    Results that are `known` are taken as they are; `done` is told each of the others. `scratch`, a folder, has the
+    reference's logits and those of one artifact at a time: `verifying_bytes` at most.
     """
     missing = {target: missing_runtime(exporters[target]) for target in recipe.targets}
     results = {target: _not_verified(target, missing[target], recipe) for target in recipe.targets if missing[target]}
     results = {**(known or {}), **results}
     present = [target for target in recipe.targets if target not in results]
-    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="tundish-verify-") as scratch:
-        folder = Path(scratch)
-        if present:
-            say("reference: the interpreter reads the held-out text in float32")
-            with computing_by(NUMPY):  # wherever the calibration was computed
-                reference = make_reference(model, source, recipe, folder, threads)
-        for target in present:
-            say(f"{target}: opening in its runtime")
+    if present:
+        say("reference: the interpreter reads the held-out text in float32")
+        with computing_by(NUMPY):  # wherever the calibration was computed
+            reference = make_reference(model, source, recipe, scratch, threads)
+    for target in present:
+        say(f"{target}: opening in its runtime")
+        with tempfile.TemporaryDirectory(dir=scratch) as own:
             result = results[target] = _verify_target(
-                model, source, recipe, exporters[target], artifacts / target, digests, reference, folder, threads
+                model, source, recipe, exporters[target], artifacts / target, digests, reference, Path(own), threads
             )
             done(result)
             kl = f", KL {result.divergence.kl_mean:.4g}" if result.divergence else ""
@@ -133,6 +134,13 @@ def evaluation_shape(recipe: Recipe, context: int) -> tuple[int, int]:
 
 
 def long_length(model: Model) -> int | None:
+def verifying_bytes(model: Model, recipe: Recipe) -> int:
+    """Bytes that `verify` has on the disk at most: float32 logits of the reference and of one artifact."""
+    sequences, length = evaluation_shape(recipe, model.context_length)
+    positions = sequences * length + (0 if long_length(model) is None else LONG_TAIL)
+    return 2 * 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
+
+
     """The length of the sequence past the LongRoPE boundary; None if the context ends before it."""
     rope = model.graph.config.rope
     if rope.kind is not RopeKind.LONGROPE or model.context_length <= rope.original_context:
@@ -212,11 +220,9 @@ def _verify_target(
     artifact: Path,
     digests: Mapping[str, str],
     reference: Reference,
-    scratch: Path,
+    folder: Path,
     threads: int,
 ) -> TargetResult:
-    folder = scratch / exporter.target
-    folder.mkdir()
     settings = recipe.verify.for_target(exporter.target)
     sequences = reference.sequences[: settings.text.sequences, : settings.text.length]
     np.save(folder / "sequences.npy", sequences)

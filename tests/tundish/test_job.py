@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,6 +40,7 @@ from tundish.model import open_model
 from tundish.papers import sign_build
 from tundish.recheck import recorded_source, verify_again
 from tundish.recipe import load_recipe
+from tundish.results import Gate, TargetResult
 from tundish.watcher import Watcher
 
 for module in ("xllamacpp", "onnxruntime_genai", "openvino_genai", "mlx_lm"):
@@ -194,19 +197,98 @@ def test_a_crash_and_a_hang_are_failed_gates(checkpoint: Path, tmp_path: Path) -
     """A runtime that dies takes neither the job nor the other runtimes with it."""
     targets = {"gguf": {}, "mlx": {"activations": "fp32"}}
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets=targets, context=128)
-    settled, out = load_recipe(recipe), tmp_path / "out"
+    settled, out, scratch = load_recipe(recipe), tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
     manifest = build(Choices(str(recipe), out=out, verify=False), QUIET)
     (out / "gguf" / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     digests = {name: entry["digest"] for name, entry in manifest["weights"].items() if "digest" in entry}
     source = Source("tiny", checkpoint, None, None)
     model = open_model(source, settled)
-    gguf, mlx = verify.verify(model, source, settled, EXPORTERS, out, digests, 1, lambda text: None)
+    gguf, mlx = verify.verify(model, source, settled, EXPORTERS, out, digests, scratch, 1, lambda text: None)
     assert gguf.passed is False and "last words" in gguf.gates[0].detail
     assert mlx.passed is True
     impatient = job.settle_recipe(Choices(str(recipe), targets=[Target.MLX]))
     impatient = impatient.model_copy(update={"verify": impatient.verify.model_copy(update={"time_limit": 1})})
-    (hung,) = verify.verify(model, source, impatient, EXPORTERS, out, digests, 1, lambda text: None)
+    (hung,) = verify.verify(model, source, impatient, EXPORTERS, out, digests, scratch, 1, lambda text: None)
     assert "time limit of 1 s" in hung.gates[0].detail and hung.passed is False
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tundish import cli, verify
+
+def reference(model, source, recipe, folder, threads):
+    (folder / "reference.npy").write_bytes(bytes(10))
+
+def killed(*arguments):
+    (arguments[-2] / "logits.npy").write_bytes(bytes(10))
+    os._exit(9)
+
+verify.make_reference, verify._verify_target = reference, killed
+cli.main()
+"""
+
+
+def test_logits_of_a_build_that_was_killed_go_with_it(checkpoint: Path, tmp_path: Path) -> None:
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    temporary.mkdir()
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", KILLED, "build", str(recipe), "--out", str(out)]
+    root = Path(__file__).parents[2]
+    assert subprocess.run(command, cwd=root, env=environment, capture_output=True).returncode == 9
+    assert len(list(tmp_path.glob(".out.*.partial/**/*.npy"))) == 2 and not list(temporary.iterdir())
+    told: list[str] = []
+    build(Choices(str(recipe), out=out, verify=False), replace(QUIET, say=told.append))
+    assert [line.split(": ")[0] for line in told].count("taken over from a build that was killed") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "tmp", "r.yaml"}
+    assert not list(out.rglob("*.npy"))
+
+
+def test_logits_go_with_their_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[set[str]] = []
+
+    def fake(*arguments: Any) -> TargetResult:
+        folder = arguments[-2]
+        (folder / f"{arguments[3].target}.npy").write_bytes(bytes(10))
+        found.append({path.name for path in folder.parent.rglob("*.npy")})
+        return TargetResult(arguments[3].target, (Gate("runtime", True),))
+
+    monkeypatch.setattr(verify, "make_reference", lambda *arguments: None)
+    monkeypatch.setattr(verify, "_verify_target", fake)
+    targets = {"gguf": {}, "mlx": {"activations": "fp32"}}
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets=targets, context=128)
+    build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
+    assert found == [{"gguf.npy"}, {"mlx.npy"}]
+
+
+def test_a_disk_that_is_full_while_verifying(
+    checkpoint: Path, poured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build's logits are of its plan, and lie where --out says; those of `tundish verify` are and do neither."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verify, "make_reference", full)
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, targets={"gguf": {}}, context=128)
+    with pytest.raises(ResourceError, match=r"out.*expected [\d,]+ bytes for the whole build.*another --out"):
+        build(Choices(str(recipe), out=tmp_path / "out"), QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    with pytest.raises(ResourceError, match=r"temporary files.*TMPDIR") as raised:
+        verify_again(poured, str(checkpoint), 1, QUIET)
+    assert "--out" not in str(raised.value) and "whole build" not in str(raised.value)
+
+
+def test_a_disk_that_is_full_while_signing(poured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tundish.papers.write_files", full)
+    with pytest.raises(ResourceError, match="Free space there") as raised:
+        sign_build(poured, write_keys(tmp_path, "key"), 1)
+    assert "--out" not in str(raised.value)
 
 
 def test_an_importance_matrix_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.plan import Plan, make_plan, own_memory, shortage_of
 from tundish.recipe import Recipe, load_recipe
+from tundish.verify import LONG_TAIL, evaluation_shape, long_length, reference_logits
 
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 CALIBRATED = {"source": "random-tokens", "tokens": 16}
@@ -47,6 +48,18 @@ def test_only_the_phases_of_the_build_count(checkpoint: Path, tmp_path: Path) ->
     assert set(make_plan(model, recipe, EXPORTERS).phases) == {"pour"}, "the model reads nothing"
     model, recipe = opened(checkpoint, tmp_path, calibration=CALIBRATED, schemes={"default": "fp16"})
     assert "calibration" not in make_plan(model, recipe, EXPORTERS).phases, "floats are not calibrated"
+
+
+def test_the_logits_of_verification_are_counted(checkpoint: Path, tmp_path: Path) -> None:
+    model, recipe = opened(checkpoint, tmp_path)
+    counted = make_plan(model, recipe, EXPORTERS).disk - make_plan(model, recipe, EXPORTERS, verified=False).disk
+    beyond = long_length(model)
+    assert beyond is not None
+    shape = evaluation_shape(recipe, model.context_length)
+    paths = reference_logits(model, np.zeros(shape, np.int64), tmp_path, "short")
+    paths += reference_logits(model, np.zeros((1, beyond), np.int64), tmp_path, "long", LONG_TAIL)
+    needed = 2 * sum(path.stat().st_size for path in paths)
+    assert needed < counted < needed + (32 << 20)
 
 
 def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: Path, tmp_path: Path) -> None:
@@ -75,7 +88,7 @@ def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: 
         for weight in model.graph.weights.values()
         if len(weight.shape) == 2 and weight.name != "embedding"
     )
-    plain = make_plan(model, recipe, EXPORTERS).disk
+    plain = make_plan(model, recipe, EXPORTERS, verified=False).disk
     assert planned("rtn", 1).disk == planned("gptq", 1).with_cached_calibration().disk == plain
     assert (
         planned("gptq", 1).disk - plain == pytest.approx(codes, rel=0.05) and planned("gptq", 1).disk >= plain + codes
