@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from exporters.base import Card
-from tundish.report import table, weight_rows
+from tundish.report import cell, table, weight_rows
 
 _PERPLEXITIES = ("perplexity", "reference_perplexity")
 
@@ -131,10 +131,10 @@ def _divergence(figures: dict[str, Any], versions: dict[str, str]) -> str:
         ["KL mean (nats)", "KL 99 %", "same first choice", "perplexity", "of the float32 model"],
         [
             [
-                f"{figures['kl_mean']:.3g}",
-                f"{figures['kl_p99']:.3g}",
+                cell(figures["kl_mean"], ".3g"),
+                cell(figures["kl_p99"], ".3g"),
                 f"{100 * figures['top1']:.1f} %",
-                *("–" if figures[key] is None else f"{figures[key]:.2f}" for key in _PERPLEXITIES),
+                *(cell(figures[key], ".2f") for key in _PERPLEXITIES),
             ]
         ],
     )

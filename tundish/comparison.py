@@ -283,6 +283,8 @@ def _row(artifact: Artifact, model: Model, length: int, measured: Measured) -> d
     note = measured.failure
     if missing := missing_runtime(exporter):
         note = f"not measured: {', '.join(missing)} not installed; pip install 'tundish[{exporter.extra}]'"
+    elif divergence is not None and divergence.kl_mean is None:
+        note = "its logits give no finite KL"
     elif note is None:
         semantics = exporter.semantics(model, artifact.options)
         if not semantics.exact_from <= length <= semantics.exact_to:
@@ -330,10 +332,6 @@ _HEADER = ["artifact", "weights, bytes", "bits/weight", "KL mean", "KL 99 %", "t
 
 def table_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """The header, the reference, and a row an artifact, as text."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
     reference = ["float32 reference", *["–"] * 5, cell(document["reference"]["perplexity"], ".3f"), "–"]
     return [
         _HEADER,

@@ -84,5 +84,6 @@ def people(events: Events | None = None) -> Iterator[Watcher]:
 
 def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
-    with disk_errors(Path("standard output")):
-        print(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text(document), flush=True)
+    said = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text(document)
+    with disk_errors(Path("standard output"), "Free space where it goes, or send it elsewhere."):
+        print(said, flush=True)

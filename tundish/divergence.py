@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +18,20 @@ ROWS = 64  # positions at a time: bounds the float64 temporaries
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """Over all compared positions: mean and 99th percentile of KL(reference || artifact) in nats, the fraction of
-    positions with the same most likely token, and the perplexity of each on the text (None without next tokens)."""
+    positions with the same most likely token, and the perplexity of each on the text (None without next tokens).
 
-    kl_mean: float
-    kl_p99: float
+    None is a figure, too, that is no finite number, as logits come to that are infinite or NaN.
+    """
+
+    kl_mean: float | None
+    kl_p99: float | None
     top1: float
     perplexity: float | None
     reference_perplexity: float | None
     positions: int
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what comes of it is told as None
 def compare_logits(pairs: Iterable[tuple[F32, F32, NDArray[np.int64]]]) -> Divergence:
     """Compare (reference f32[length, vocab], artifact f32[length, vocab], next token ids i64[length]) of each sequence.
 
@@ -39,21 +45,26 @@ def compare_logits(pairs: Iterable[tuple[F32, F32, NDArray[np.int64]]]) -> Diver
             rows = slice(start, start + ROWS)
             log_p, log_q = _log_softmax(reference[rows]), _log_softmax(artifact[rows])
             kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
-            same.append(log_p.argmax(axis=-1) == log_q.argmax(axis=-1))
+            agreed = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
+            same.append(agreed & ~np.isnan(kl[-1]))  # NaN counts as the largest
             known = np.flatnonzero(following[rows] >= 0)
             target = following[rows][known]
             losses.append(np.stack([-log_p[known, target], -log_q[known, target]], axis=-1))
     divergences = np.concatenate(kl)
     loss = np.concatenate(losses)
-    perplexities = [float(value) for value in np.exp(loss.mean(axis=0))] if len(loss) else [None, None]
+    perplexities = [_finite(value) for value in np.exp(loss.mean(axis=0))] if len(loss) else [None, None]
     return Divergence(
-        kl_mean=float(divergences.mean()),
-        kl_p99=float(np.quantile(divergences, 0.99)),
+        kl_mean=_finite(divergences.mean()),
+        kl_p99=_finite(np.quantile(divergences, 0.99)),
         top1=float(np.concatenate(same).mean()),
         perplexity=perplexities[1],
         reference_perplexity=perplexities[0],
         positions=len(divergences),
     )
+
+
+def _finite(value: np.floating[Any]) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _log_softmax(logits: F32) -> NDArray[np.float64]:

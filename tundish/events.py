@@ -148,7 +148,8 @@ def _writer(stream: IO[bytes], name: str) -> Callable[[Event], None]:
         if ended:
             return
         try:
-            stream.write((json.dumps(event, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+            line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+            stream.write(line.encode("utf-8", "backslashreplace"))
             stream.flush()
         except OSError as error:
             ended = True

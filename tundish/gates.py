@@ -11,7 +11,7 @@ from tundish.disk import IN_PLACE, disk_errors
 from tundish.manifest import verification_record
 from tundish.papers import write_papers
 from tundish.publish import reject
-from tundish.results import TargetResult
+from tundish.results import Gate, TargetResult
 from tundish.signals import deferred_signals
 from tundish.signing import Signer
 
@@ -46,12 +46,17 @@ def rejected_name(out: Path) -> Path:
 def failed_gates(results: Sequence[TargetResult]) -> list[str]:
     """A phrase for every gate that failed."""
     return [
-        f"{result.target} {gate.name}: "
-        + (f"{gate.figure:.4g} against {gate.threshold:g}" if gate.threshold else gate.detail)
+        f"{result.target} {gate.name}: {_why(gate)}"
         for result in results
         for gate in result.gates
         if gate.passed is False
     ]
+
+
+def _why(gate: Gate) -> str:
+    if gate.figure is None or not gate.threshold:
+        return gate.detail
+    return f"{gate.figure:.4g} against {gate.threshold:g}"
 
 
 def record_results(

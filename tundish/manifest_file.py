@@ -96,7 +96,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     try:
         manifest: dict[str, Any] = json.loads(text)
-        json.dumps(manifest, ensure_ascii=False).encode()  # JSON can spell half of a surrogate pair
+        # What JSON can spell and nobody can write: half of a surrogate pair, and 1e999.
+        json.dumps(manifest, ensure_ascii=False, allow_nan=False).encode()
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
@@ -123,7 +124,7 @@ def artifact_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """A manifest as it is written."""
-    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -274,7 +274,7 @@ class Question(_Part):
 
 
 class Gates(_Part):
-    """What an artifact must reach. `kl` and `top1` are measured without a gate where they are absent."""
+    """What an artifact must reach. Without a gate, `kl` and `top1` are measured; a `kl` that is not finite fails."""
 
     kl: Nats | None = Field(
         default=None, description="highest mean KL divergence from the float32 interpreter, in nats"

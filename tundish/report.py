@@ -7,6 +7,7 @@ from typing import Any
 
 from tundish.front import front_rows, front_sentence
 
+GATE_COLUMNS = ["gate", "result", "figure", "threshold", "detail"]
 _MARKS = {True: "passed", False: "FAILED", None: "not verified"}
 
 
@@ -45,15 +46,21 @@ def _artifacts(manifest: dict[str, Any]) -> str:
     for target, entry in manifest["targets"].items():
         result = verification.get(target, {"passed": None, "divergence": None, "answer": None})
         figures = result["divergence"]
+        shown = ["–"] * 4
+        if figures:
+            perplexities = (cell(figures[key], ".3f") for key in ("perplexity", "reference_perplexity"))
+            shown = [
+                cell(figures["kl_mean"], ".6f"),
+                cell(figures["kl_p99"], ".4f"),
+                f"{100 * figures['top1']:.1f} %",
+                "{} ({})".format(*perplexities),
+            ]
         rows.append(
             [
                 target,
                 f"{entry['bytes'] / 1e6:.1f} MB",
                 _MARKS[result["passed"]],
-                f"{figures['kl_mean']:.6f}" if figures else "–",
-                f"{figures['kl_p99']:.4f}" if figures else "–",
-                f"{100 * figures['top1']:.1f} %" if figures else "–",
-                f"{figures['perplexity']:.3f} ({figures['reference_perplexity']:.3f})" if figures else "–",
+                *shown,
                 entry["semantics"]["sentence"],
             ]
         )
@@ -64,26 +71,32 @@ def _artifacts(manifest: dict[str, Any]) -> str:
 def _gates(manifest: dict[str, Any]) -> str:
     if manifest["verification"] is None:
         return "**Not verified**: the build ran without verification. `tundish verify` does it later."
-    rows = [
+    rows = [[target, *row] for target, result in manifest["verification"].items() for row in gate_rows(result)]
+    versions = [
+        f"- {target}: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        for target, result in manifest["verification"].items()
+        if result["versions"]
+    ]
+    return table(["target", *GATE_COLUMNS], rows) + ("\n\nRuntimes:\n\n" + "\n".join(versions) if versions else "")
+
+
+def gate_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Of a target's result: the cells of GATE_COLUMNS."""
+    return [
         [
-            target,
             gate["name"],
             _MARKS[gate["passed"]],
             "" if gate["figure"] is None else f"{gate['figure']:.6g}",
             "" if gate["threshold"] is None else f"{gate['threshold']:g}",
             gate["detail"],
         ]
-        for target, result in manifest["verification"].items()
         for gate in result["gates"]
     ]
-    versions = [
-        f"- {target}: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        for target, result in manifest["verification"].items()
-        if result["versions"]
-    ]
-    return table(["target", "gate", "result", "figure", "threshold", "detail"], rows) + (
-        "\n\nRuntimes:\n\n" + "\n".join(versions) if versions else ""
-    )
+
+
+def cell(value: float | None, form: str) -> str:
+    """A figure in a table, which may be none."""
+    return "–" if value is None else format(value, form)
 
 
 def weight_rows(manifest: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

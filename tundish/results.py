@@ -9,6 +9,7 @@ from exporters.base import Target
 from tundish.divergence import Divergence
 
 AGREEMENT = "top1"  # the one gate whose figure must be large
+NOT_FINITE = "; its logits give no finite figure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,13 @@ class TargetResult:
         return True if any(gate.passed for gate in self.gates) else None
 
 
-def measured(name: str, figure: float, threshold: float | None, detail: str) -> Gate:
-    """A gate whose figure was measured. Where the recipe sets no threshold, it is not judged."""
+def measured(name: str, figure: float | None, threshold: float | None, detail: str) -> Gate:
+    """A gate whose figure was measured. Where the recipe sets no threshold, it is not judged.
+
+    A figure of None, which is no finite number, fails in any case: no artifact is meant to have such logits.
+    """
+    if figure is None:
+        return Gate(name, False, None, threshold, detail + NOT_FINITE)
     return Gate(name, None if threshold is None else is_kept(name, figure, threshold), figure, threshold, detail)
 
 

@@ -24,18 +24,17 @@ def columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
 
 def summary_text(manifest: dict[str, Any]) -> str:
     """A manifest: a row a gate of every target."""
-    rows = [["target", "bytes", "gate", "result", "figure", "threshold", "detail"]]
+    from tundish.report import GATE_COLUMNS, gate_rows
+
+    rows = [["target", "bytes", *GATE_COLUMNS]]
     for target, entry in manifest["targets"].items():
         verification = (manifest["verification"] or {}).get(target)
         if verification is None:
             rows.append([target, f"{entry['bytes']:,}", "–", "not verified", "", "", ""])
             continue
-        for index, gate in enumerate(verification["gates"]):
-            result = {True: "passed", False: "FAILED", None: "not verified"}[gate["passed"]]
-            figure = "" if gate["figure"] is None else f"{gate['figure']:.6g}"
-            threshold = "" if gate["threshold"] is None else f"{gate['threshold']:g}"
+        for index, row in enumerate(gate_rows(verification)):
             head = [target, f"{entry['bytes']:,}"] if index == 0 else ["", ""]
-            rows.append([*head, gate["name"], result, figure, threshold, gate["detail"]])
+            rows.append([*head, *row])
     return columns(rows, frozenset({1, 4, 5}))
 
 

@@ -32,7 +32,7 @@ from tundish.corpus import TOKEN_CORPUS
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
 from tundish.recipe import Gates, Recipe
-from tundish.results import AGREEMENT, Gate, TargetResult, measured
+from tundish.results import AGREEMENT, NOT_FINITE, Gate, TargetResult, measured
 from tundish.worker import Request
 
 LONG_GATE = "kl past the LongRoPE boundary"
@@ -86,9 +86,10 @@ def verify(
             result = results[target] = _verify_target(
                 model, source, recipe, exporters[target], artifacts / target, digests, reference, Path(own), threads
             )
-            done(result)
-            kl = f", KL {result.divergence.kl_mean:.4g}" if result.divergence else ""
-            say(f"{target}: {'gates missed' if result.passed is False else 'verified'}{kl}")
+        done(result)
+        kl = None if result.divergence is None else result.divergence.kl_mean
+        figure = "" if kl is None else f", KL {kl:.4g}"
+        say(f"{target}: {'gates missed' if result.passed is False else 'verified'}{figure}")
     return tuple(results[target] for target in recipe.targets)
 
 
@@ -133,7 +134,6 @@ def evaluation_shape(recipe: Recipe, context: int) -> tuple[int, int]:
     return max(text.sequences for text in settings), min(max(text.length for text in settings), context)
 
 
-def long_length(model: Model) -> int | None:
 def verifying_bytes(model: Model, recipe: Recipe) -> int:
     """Bytes that `verify` has on the disk at most: float32 logits of the reference and of one artifact."""
     sequences, length = evaluation_shape(recipe, model.context_length)
@@ -141,6 +141,7 @@ def verifying_bytes(model: Model, recipe: Recipe) -> int:
     return 2 * 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
 
 
+def long_length(model: Model) -> int | None:
     """The length of the sequence past the LongRoPE boundary; None if the context ends before it."""
     rope = model.graph.config.rope
     if rope.kind is not RopeKind.LONGROPE or model.context_length <= rope.original_context:
@@ -352,6 +353,7 @@ def _logit_gates(gates: Gates, divergence: Divergence) -> list[Gate]:
 
 def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
     detail = f"not judged at {length} tokens: the artifact claims {semantics.exact_from} to {semantics.exact_to}"
+    detail += "" if divergence.kl_mean is not None else NOT_FINITE
     return Gate("kl", None, divergence.kl_mean, detail=detail)
 
 

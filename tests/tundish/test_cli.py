@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -23,11 +24,13 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model
 
+from converters.errors import ResourceError
 from exporters.base import Target
 from exporters.onnx.data_file import external_tensor
 from tests.tundish.keys import write_keys
 from tests.tundish.tiny import INT4, write_recipe
 from tundish import cli, doctor, tables
+from tundish.console import show
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -470,6 +473,20 @@ def test_a_job_started_by_nohup_stays_deaf_to_hangups(tundish: Run, monkeypatch:
         signal.signal(signal.SIGHUP, before)
     assert during[0] is signal.SIG_IGN
     assert during[1] not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+class Full(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_behind_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(ResourceError, match=r"standard output.*send it elsewhere") as raised:
+        show({}, True, str)
+    assert "--out" not in str(raised.value)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        show({"figure": math.nan}, True, str)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")

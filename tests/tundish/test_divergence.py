@@ -34,4 +34,21 @@ def test_against_torch() -> None:
 def test_nan_logits_are_no_agreement() -> None:
     reference = np.zeros((1, 4), np.float32)
     result = compare_logits([(reference, np.full((1, 4), np.nan, np.float32), np.array([0]))])
-    assert np.isnan(result.kl_mean)
+    assert (result.kl_mean, result.kl_p99, result.top1, result.perplexity) == (None, None, 0, None)
+    assert result.reference_perplexity == pytest.approx(4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_logits_give_no_figure() -> None:
+    reference, artifact = np.zeros((2, 4), np.float32), np.zeros((2, 4), np.float32)
+    artifact[1, 3] = -np.inf
+    result = compare_logits([(reference, artifact, np.array([0, 0]))])
+    assert (result.kl_mean, result.kl_p99) == (None, None) and result.top1 == 1
+    assert result.perplexity == pytest.approx(np.sqrt(12))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_beyond_floats_is_no_figure() -> None:
+    reference = np.array([[0, 1000]], np.float32)
+    result = compare_logits([(reference, reference, np.array([0]))])
+    assert (result.kl_mean, result.perplexity, result.reference_perplexity) == (0, None, None)

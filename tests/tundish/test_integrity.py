@@ -177,7 +177,6 @@ GATES: dict[str, tuple[bool | None, list[dict[str, Any]], bool]] = {
     "no gate passed": (True, [{"name": "stops", "passed": None}], False),
     "too far": (True, [{"name": "kl", "passed": True, "figure": 0.03, "threshold": 0.02}], False),
     "too few": (True, [{"name": "top1", "passed": True, "figure": 0.7, "threshold": 0.8}], False),
-    "no number": (True, [{"name": "kl", "passed": True, "figure": float("nan"), "threshold": 0.02}], False),
 }
 
 

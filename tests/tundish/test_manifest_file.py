@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def test_garbage(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError):
         read_manifest(tmp_path)
+
+
+def test_numbers_that_are_no_json(tmp_path: Path) -> None:
+    old_build(tmp_path)
+    manifest, path = read_manifest(tmp_path), tmp_path / "manifest.json"
+    before = path.read_text()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_manifest(tmp_path, manifest | {"extra": math.inf})
+    assert path.read_text() == before
+    for number in ("NaN", "-Infinity", "1e999"):
+        path.write_text(before.replace("{", f'{{"extra": {number}, ', 1))
+        with pytest.raises(UsageError, match="not a manifest that tundish wrote"):
+            read_manifest(tmp_path)
 
 
 def test_written_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -130,6 +131,13 @@ def test_a_reader_of_events_that_leaves_ends_no_build(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err.count("no more events: /dev/full") == 1
     with pytest.raises(UsageError, match="cannot write events"), written(str(tmp_path)):
         pass
+
+
+def test_events_are_json(tmp_path: Path) -> None:
+    file = tmp_path / "e.jsonl"
+    with written(str(file)) as events, pytest.raises(ValueError, match="JSON compliant"):
+        events.emit("gate", figure=math.nan)
+    assert file.read_text() == ""
 
 
 def test_metrics_that_cannot_be_written_fail_what_else_succeeded(tmp_path: Path) -> None:

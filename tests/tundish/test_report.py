@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from exporters.base import Target
+from tundish.divergence import compare_logits
+from tundish.gates import failed_gates
+from tundish.manifest import verification_record
+from tundish.manifest_file import manifest_bytes
 from tundish.report import table, write_report
+from tundish.results import Gate, TargetResult, measured
+from tundish.tables import summary_text
 
 
 def gate(name: str, passed: bool | None, figure: float | None = None, threshold: float | None = None, detail: str = ""):
@@ -51,6 +60,24 @@ def test_verified() -> None:
     assert "| mlx | runtime | not verified |  |  | mlx not installed |" in lines
     assert "- gguf: r 9" in lines
     assert "| fp32 | 1 | 4 |" in lines and "| int4_g32 | 2 | 32 |" in lines
+
+
+def test_figures_that_are_no_numbers() -> None:
+    """A gate fails by them, with or without a threshold, and papers say so in valid JSON."""
+    logits = np.zeros((1, 4), np.float32)
+    divergence = compare_logits([(logits, np.array([[0, 0, 0, -np.inf]], np.float32), np.array([-1]))])
+    for threshold in (None, 0.1):
+        gate = measured("kl", divergence.kl_mean, threshold, "1 positions")
+        result = TargetResult(Target.GGUF, (Gate("runtime", True), gate), {}, divergence)
+        assert result.passed is False
+        assert failed_gates([result]) == ["gguf kl: 1 positions; its logits give no finite figure"]
+        document = manifest(verification_record([result]))
+        assert b'"figure": null' in manifest_bytes(document)
+        lines = write_report(document).splitlines()
+        assert "| gguf | 2.5 MB | FAILED | – | – | 100.0 % | – (–) | The context is 8 tokens. |" in lines
+        shown = "" if threshold is None else "0.1"
+        assert f"| gguf | kl | FAILED |  | {shown} | 1 positions; its logits give no finite figure |" in lines
+        assert "FAILED" in summary_text(document)
 
 
 def test_not_verified_at_all() -> None:
