@@ -57,14 +57,17 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     def values(self, name: str) -> F32:
-        """A tensor's numbers, f32 of its shape; from the disk as they are read."""
+        """A tensor's numbers, f32 of its shape; read from the disk as needed. ValueError if gguf-py lacks its type."""
         tensor = self.tensors[name]
         block, size = GGML_QUANT_SIZES[tensor.type]
-        rows = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        *outer, width = tensor.shape or (1,)
         if not tensor.nbytes:
             return np.zeros(tensor.shape, np.float32)
-        stored = np.memmap(self.path, np.uint8, "r", tensor.offset, rows)
-        values: F32 = dequantize(stored, tensor.type).reshape(tensor.shape)
+        stored = np.memmap(self.path, np.uint8, "r", tensor.offset, (*outer, width // block * size))
+        try:
+            values: F32 = dequantize(stored, tensor.type).reshape(tensor.shape)
+        except NotImplementedError as error:
+            raise ValueError(f"tensor {name} of type {tensor.type.name}, which gguf-py does not read") from error
         return values
 
 
@@ -89,14 +92,25 @@ def read_gguf(path: Path) -> GgufFile:
     for name, kind, shape, offset in listed:
         block, block_size = GGML_QUANT_SIZES[kind]
         nbytes = math.prod(shape) // block * block_size
-        if shape and shape[-1] % block:
-            raise ValueError(f"tensor {name}: rows of {shape[-1]} in blocks of {block}")
+        *_, width = shape or (1,)
+        if width % block:
+            raise ValueError(f"tensor {name}: rows of {width} in blocks of {block}")
         if name in tensors:
             raise ValueError(f"two tensors {name}")
         if nbytes and start + offset + nbytes > size:
             raise ValueError(f"tensor {name} of {nbytes} bytes at byte {start + offset} of {size}")
         tensors[name] = GgufTensor(name, kind, shape, start + offset, nbytes)
+    _require_apart(tensors)
     return GgufFile(path, fields, tensors)
+
+
+def _require_apart(tensors: Mapping[str, GgufTensor]) -> None:
+    """Of tensors that share bytes a small file could list so many that they fill the memory."""
+    end = 0
+    for tensor in sorted(tensors.values(), key=lambda each: (each.offset, each.nbytes)):
+        if tensor.nbytes and tensor.offset < end:
+            raise ValueError(f"tensor {tensor.name} at byte {tensor.offset} overlaps one that ends at {end}")
+        end = max(end, tensor.offset + tensor.nbytes)
 
 
 class _Reader:

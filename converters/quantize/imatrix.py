@@ -20,10 +20,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter, Keys
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
 
 from converters.errors import TundishError, UsageError
-from converters.gguf_file import read_gguf
+from converters.gguf_file import GgufFile, read_gguf
 from converters.json_file import regular_size
 from converters.quantize.tensor import F32
 
@@ -160,8 +160,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         absent = [name + suffix for suffix in (SUMS, COUNTS) if name + suffix not in file.tensors]
         if absent:
             raise ValueError(f"has no {absent[0]}")
-        counts = file.values(name + COUNTS).reshape(-1, 1)
-        sums = file.values(name + SUMS).reshape(_positive(len(counts), f"counts of {name}"), -1)
+        counts = _numbers(file, name + COUNTS).reshape(-1, 1)
+        sums = _numbers(file, name + SUMS).reshape(_positive(len(counts), f"counts of {name}"), -1)
         # What never got any input counts 1 in each column, as for llama-quantize.
         means[name] = np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).reshape(-1)
     _positive(len(means), "entries")
@@ -169,6 +169,14 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     datasets = file.fields.get(Keys.IMatrix.DATASETS)
     named = tuple(datasets) if isinstance(datasets, list) else ()
     return ImportanceMatrix(means, _whole(chunks) or 0, _whole(size), named)
+
+
+def _numbers(file: GgufFile, name: str) -> F32:
+    """A tensor as llama-imatrix writes them."""
+    tensor = file.tensors[name]
+    if tensor.type is not GGMLQuantizationType.F32 or len(tensor.shape) not in (1, 2):
+        raise ValueError(f"{name} is {tensor.type.name} {list(tensor.shape)}, not F32 [n, width]")
+    return file.values(name)
 
 
 def _whole(value: object) -> int | None:

@@ -140,3 +140,22 @@ def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
         read_imatrix(write_gguf(tmp_path / "none.gguf", "imatrix", {"b": np.ones(4, np.float32)}))
     with pytest.raises(UsageError, match="cannot read"):
         read_imatrix(tmp_path / "absent.gguf")
+
+
+ENTRY = {"a.in_sum2": np.ones((1, 32), np.float32), "a.counts": np.ones((1, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "values",
+    {
+        "no dimension": np.float32(1),
+        "three dimensions": np.ones((1, 1, 32), np.float32),
+        "integers": np.ones((1, 32), np.int32),
+        "half precision": np.ones((1, 32), np.float16),
+    }.values(),
+)
+@pytest.mark.parametrize("name", ENTRY)
+def test_what_llama_imatrix_does_not_write_is_refused(name: str, values: np.ndarray, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "i.gguf", "imatrix", ENTRY | {name: values})
+    with pytest.raises(UsageError, match=rf"{name} is \w+ .*, not F32"):
+        read_imatrix(path)
