@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from converters.arrays import products
 from converters.graph import Graph
 from converters.passes.fold import producer_of
-from converters.quantize.block import read_rows
+from converters.quantize.block import read_rows, too_large
 from converters.quantize.importance import importance_of
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import Scheme
@@ -43,7 +43,7 @@ def find_scales(
     Linear: what passes.fold.fold_scales takes.
 
     token_ids: i64[sequences, length], what the float model reads; `store` has its values. `advance` is called with the
-    number of elements of matrices that are done. ModelError and OSError as float_hessians.
+    number of elements of matrices that are done. ModelError and OSError as float_hessians; ModelError as quantize_rows.
     """
     scales: dict[str, F32] = {}
     for node, hessian in float_hessians(graph, token_ids, store):
@@ -52,7 +52,11 @@ def find_scales(
         fewest = min(weights, key=lambda weight: weight.scheme.bits)
         if producer is not None and all(weight.scheme.is_integer for weight in weights) and fewest.scheme.bits < 8:
             values = [read_rows(weight, 0, weight.shape[0]) for weight in weights]
-            scales[node.name] = awq_scales(values, hessian, fewest.scheme, producer.rows)
+            try:
+                scales[node.name] = awq_scales(values, hessian, fewest.scheme, producer.rows)
+            except OverflowError as error:
+                largest = max(zip(weights, values, strict=True), key=lambda pair: float(np.abs(pair[1]).max()))
+                raise too_large(largest[0], error) from error
         advance(sum(weight.shape[0] * weight.shape[1] for weight in weights))
     return scales
 
@@ -65,6 +69,7 @@ def awq_scales(
     hessian: f32[in, in], X^T X of their inputs, to any factor.
     scheme: an integer one, whose error counts.
     producer_rows: i64[in], columns of the same number get the same factor (passes.fold.Producer); None: each its own.
+    OverflowError if the weights as they are do not fit fp16 scales.
     """
     rows = _some_rows(weights)
     importance = importance_of(np.diagonal(hessian))
@@ -74,7 +79,10 @@ def awq_scales(
     for step in range(1, _STEPS):
         scale = magnitude ** np.float32(step / _STEPS)
         scale /= np.sqrt(scale.max() * scale.min())  # centred, as the paper's code does: fp16 scales stay in range
-        error = output_error(rows, _round_trip(rows, scale, importance, scheme), hessian)
+        try:
+            error = output_error(rows, _round_trip(rows, scale, importance, scheme), hessian)
+        except OverflowError:  # a scale that drives them out of fp16's range is none to choose
+            continue
         if error < least:
             best, least = scale, error
     return best

@@ -35,13 +35,18 @@ def quantize_rows(
             blocks = GGML_TYPES[weight.scheme.name].quantize(values, importance)
             return GgmlTensor(weight.scheme.name, blocks, values.shape[1])
         except OverflowError as error:
-            raise ModelError(
-                "weights too large for fp16 scales",
-                where=_place(weight),
-                found=str(error),
-                mend="The checkpoint is damaged, or its weights need fp32 for this role.",
-            ) from error
+            raise too_large(weight, error) from error
     return _cast(weight, values, weight.scheme)
+
+
+def too_large(weight: Weight, error: OverflowError) -> ModelError:
+    """What is said of a weight that no fp16 scale reaches."""
+    return ModelError(
+        "weights too large for fp16 scales",
+        where=_place(weight),
+        found=str(error),
+        mend="The checkpoint is damaged, or its weights need fp32 for this role.",
+    )
 
 
 def read_rows(weight: Weight, start: int, stop: int) -> F32:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from converters.errors import ModelError
 from converters.graph import Node
 from converters.interpret import interpret
 from converters.load import load_graph
+from converters.passes.assign import assign_schemes
 from converters.passes.fold import fold_scales, producer_of
-from converters.quantize.awq import awq_scales, output_error
+from converters.quantize.awq import awq_scales, find_scales, output_error
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import SCHEMES
 from converters.quantize.tensor import F32
+from tests.converters.arrays import ArraySource
 from tests.converters.tiny_models import make_checkpoint
 
 SCHEME = SCHEMES["int4_g128"]
@@ -115,3 +119,23 @@ def test_scales_of_a_model_fold(tmp_path: Path) -> None:
     assert len(scales) == 4 * graph.config.num_layers + 1  # and the head, which is not tied
     assert sum(np.ptp(scale) > 0 for scale in scales.values()) > 4
     assert np.abs(interpret(fold_scales(graph, scales), ids) - before).max() <= 1e-4
+
+
+def test_a_scale_that_drives_weights_out_of_range_is_not_chosen() -> None:
+    x, (w, _) = inputs_of_a_model(300, 256), weights(256)
+    w *= np.float32(4.5e5) / np.abs(w).max()
+    hessian = x.T @ x
+    scale = awq_scales([w], hessian, SCHEME)
+    assert np.isfinite(quantize_rtn(w * scale, SCHEME).scale).all()
+    loudest = np.sqrt(np.diagonal(hessian)) ** np.float32(0.5)
+    with pytest.raises(OverflowError):  # which the search has tried
+        quantize_rtn(w * (loudest / np.sqrt(loudest.max() * loudest.min())), SCHEME)
+
+
+def test_weights_beyond_fp16_scales_are_named(tmp_path: Path) -> None:
+    graph = assign_schemes(load_graph(make_checkpoint("phi3_medium_gqa", tmp_path)), SCHEMES["int4_g32"], {})
+    weight = graph.weights["blocks.0.mlp_up"]
+    large = replace(weight, source=ArraySource(np.full(weight.shape, 1e6, np.float32)))
+    graph = replace(graph, weights={**graph.weights, weight.name: large})
+    with pytest.raises(ModelError, match=r"too large for fp16 scales \(blocks\.0\.mlp_up in "):
+        find_scales(graph, np.zeros((1, 8), np.int64))
