@@ -83,15 +83,15 @@ def float_hessians(
     i64[sequences, length]. ModelError names the node where they are not finite; OSError if the store's disk is full."""
     last_use = graph.last_uses()
     store = store or Store()
-    stream = Stream(store, {TOKEN_IDS: store.put(token_ids)})
-    for index, node in enumerate(graph.nodes):
-        if isinstance(node.op, Linear):
-            hessian = _moments(node, stream, None, None).hessian
-            importance_at(node, np.diagonal(hessian), _READ)
-            yield node, hessian
-        if index < len(graph.nodes) - 1:
-            stream.run(node, [WeightRows(graph.weights[name]) for name in node.op.weights])
-            stream.forget({name for name in node.inputs if last_use[name] == index})
+    with Stream(store, {TOKEN_IDS: store.put(token_ids)}) as stream:
+        for index, node in enumerate(graph.nodes):
+            if isinstance(node.op, Linear):
+                hessian = _moments(node, stream, None, None).hessian
+                importance_at(node, np.diagonal(hessian), _READ)
+                yield node, hessian
+            if index < len(graph.nodes) - 1:
+                stream.run(node, [WeightRows(graph.weights[name]) for name in node.op.weights])
+                stream.forget({name for name in node.inputs if last_use[name] == index})
 
 
 def quantize_sequentially(
@@ -120,38 +120,38 @@ def quantize_sequentially(
     if begin is None:
         first = {TOKEN_IDS: store.put(token_ids)}
         begin = Progress(0, first, {TOKEN_IDS: store.put(token_ids)} if fitted else {}, {})
-    quantized = Stream(store, begin.quantized)
-    floats = Stream(store, begin.floats) if fitted else None
     embedded = {name for node in graph.nodes if isinstance(node.op, Embedding) for name in node.op.weights}
     addends = _addends(graph)
     importance = dict(begin.importance)
     advance(sum(_elements(graph, node) for node in graph.nodes[: begin.index] if isinstance(node.op, Linear)))
-    for index, node in enumerate(graph.nodes[begin.index :], begin.index):
-        stored: dict[str, Rows] = {name: WeightRows(graph.weights[name]) for name in node.op.weights}
-        used = stored
-        if isinstance(node.op, Linear):
-            if fit and not fitted.isdisjoint(stored):
-                # A tied embedding is not changed to match the head's outputs: its rows are inputs as well.
-                matched = None if not embedded.isdisjoint(stored) else floats
-                moments = _moments(node, quantized, matched, addends.get(node.name))
-                square: NDArray[np.floating] = np.diagonal(moments.hessian)
-                counts = importance_at(node, square, _READ)
-                used = {**stored, **_fitted(graph, node, moments, fit, fitted)}
-                del moments, square
-            else:
-                squares = _mean_squares(quantized.values[node.inputs[0]])
-                counts = importance_at(node, squares, _READ)
-                observe(node, squares)
-            importance |= dict.fromkeys(stored, counts)
-            advance(_elements(graph, node))
-        if index == len(graph.nodes) - 1:
-            break
-        for stream, weights in ((quantized, used), (floats, stored)):
-            if stream:
-                stream.run(node, list(weights.values()))
-                stream.forget({name for name in node.inputs if last_use[name] == index})
-        if node.layer != graph.nodes[index + 1].layer:
-            reached(Progress(index + 1, quantized.values, floats.values if floats else {}, importance))
+    with Stream(store, begin.quantized) as quantized, Stream(store, begin.floats) as beside:
+        floats = beside if fitted else None
+        for index, node in enumerate(graph.nodes[begin.index :], begin.index):
+            stored: dict[str, Rows] = {name: WeightRows(graph.weights[name]) for name in node.op.weights}
+            used = stored
+            if isinstance(node.op, Linear):
+                if fit and not fitted.isdisjoint(stored):
+                    # A tied embedding is not changed to match the head's outputs: its rows are inputs as well.
+                    matched = None if not embedded.isdisjoint(stored) else floats
+                    moments = _moments(node, quantized, matched, addends.get(node.name))
+                    square: NDArray[np.floating] = np.diagonal(moments.hessian)
+                    counts = importance_at(node, square, _READ)
+                    used = {**stored, **_fitted(graph, node, moments, fit, fitted)}
+                    del moments, square
+                else:
+                    squares = _mean_squares(quantized.values[node.inputs[0]])
+                    counts = importance_at(node, squares, _READ)
+                    observe(node, squares)
+                importance |= dict.fromkeys(stored, counts)
+                advance(_elements(graph, node))
+            if index == len(graph.nodes) - 1:
+                break
+            for stream, weights in ((quantized, used), (floats, stored)):
+                if stream:
+                    stream.run(node, list(weights.values()))
+                    stream.forget({name for name in node.inputs if last_use[name] == index})
+            if node.layer != graph.nodes[index + 1].layer:
+                reached(Progress(index + 1, quantized.values, floats.values if floats else {}, importance))
     return importance
 
 

@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 
@@ -102,12 +102,21 @@ class Value:
 
 
 class Stream:
-    """The values of a model that are still needed, f32[sequences, length, features] by name."""
+    """The values of a model that are still needed, f32[sequences, length, features] by name.
+
+    As a context it forgets them all on leaving: the store's room outlives the stream.
+    """
 
     __slots__ = ("store", "values")
 
     def __init__(self, store: Store, values: Mapping[str, Value]) -> None:
         self.store, self.values = store, dict(values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget(list(self.values))
 
     def run(self, node: Node, weights: Sequence[Rows]) -> None:
         """Compute a node's value: of as many sequences as may be where a matrix is read for them, else of one by one.

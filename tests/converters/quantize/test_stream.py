@@ -18,7 +18,7 @@ from converters.quantize import sequential, stream
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import SCHEMES
 from converters.quantize.sensitivity import measure_sensitivity
-from converters.quantize.sequential import Moments, quantize_sequentially
+from converters.quantize.sequential import Moments, Progress, float_hessians, quantize_sequentially
 from converters.quantize.stream import Store, Stream, join, steps
 from converters.quantize.tensor import F32, QuantTensor
 from tests.converters.tiny_models import make_checkpoint
@@ -92,6 +92,27 @@ def test_where_values_lie_changes_nothing(graph: Graph, tmp_path: Path) -> None:
     for name, moments in whole.items():
         for part in ("hessian", "cross", "deficit"):
             np.testing.assert_array_equal(getattr(moments, part), getattr(spilled[name], part))
+
+
+def test_room_comes_back(graph: Graph, tmp_path: Path) -> None:
+    """One store serves AWQ, then GPTQ: what the first leaves behind, the second lacks."""
+    token_ids = np.zeros((2, 16), np.int64)
+    store = Store(tmp_path)
+    room = store.room
+    for _ in float_hessians(graph, token_ids, store):
+        assert store.room < room
+    assert store.room == room
+    seen(graph, store)
+    assert store.room == room
+    quantize_sequentially(graph, token_ids, store=store)
+    assert store.room == room
+
+    def reached(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_sequentially(graph, token_ids, store=store, reached=reached)
+    assert store.room == room
 
 
 def test_pieces_come_to_the_same(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
