@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 
-from converters.config import ModelConfig, Rope
+from converters.config import Rope
+from converters.config_keys import FAMILIES
 from exporters.base import Model
-
-ARCHITECTURES = {"phi3": "Phi3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 Json = dict[str, object]
 
@@ -17,10 +16,10 @@ def decoder_config(model: Model, positions: int, rope_scaling: Json | None, dtyp
     """The keys of config.json that every family has."""
     config = model.graph.config
     return {
-        "architectures": [ARCHITECTURES[config.family]],
+        "architectures": [FAMILIES[config.family].causal_lm],
         "attention_bias": False,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos_token_id(config),
+        "eos_token_id": eos_token_id(model),
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -44,16 +43,16 @@ def generation_config(model: Model) -> Json:
     config = model.graph.config
     ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos_token_id(config),
+        "eos_token_id": eos_token_id(model),
         "pad_token_id": config.pad_token_id,
     }
     return {key: value for key, value in ids.items() if value is not None} | dict(model.sampling)
 
 
-def eos_token_id(config: ModelConfig) -> int | list[int] | None:
-    """One id, or all of them."""
-    ids = config.eos_token_ids
-    return list(ids) if len(ids) > 1 else ids[0] if ids else None
+def eos_token_id(model: Model) -> int | list[int]:
+    """One id, or all of them: in the order in which the model states them, the tokenizer's own where it states none."""
+    ids = model.graph.config.eos_token_ids or model.tokenizer.eos_ids
+    return list(ids) if len(ids) > 1 else ids[0]
 
 
 def llama3_scaling(rope: Rope) -> Json:

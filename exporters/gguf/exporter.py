@@ -12,6 +12,7 @@ from exporters.base import Card, Layout, Model, Runtime, Semantics, Target, Targ
 from exporters.gguf import examine
 from exporters.gguf.modelfile import MODELFILE, modelfile
 from exporters.options import GgufOptions
+from exporters.schemes import require_family
 
 FILE = "model.gguf"
 _USAGE = f"""\
@@ -32,9 +33,10 @@ class GgufExporter:
     card = Card("gguf", "llama.cpp", ("gguf", "llama.cpp", "ollama"), _USAGE)
 
     def check(self, model: Model, options: TargetOptions) -> None:
-        """UsageError for schemes that GGUF cannot hold, ModelError for shapes that llama.cpp's graphs do not have."""
-        from exporters.gguf.tensors import gguf_tensors
+        """UsageError for families and schemes that GGUF has no name for, ModelError for shapes that llama.cpp lacks."""
+        from exporters.gguf.tensors import ARCHITECTURES, gguf_tensors
 
+        require_family(model, self.target, ARCHITECTURES)
         config = model.graph.config
         if config.family == "phi3":
             width = config.num_heads * config.head_dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from converters.quantize.scheme import NumberType, Scheme
 from converters.quantize.tensor import F16, U8, GgmlTensor, QuantTensor, Tensor
+from exporters.floats import pack_floats
 
 BLOCK = 32  # values in a block of each integer type used here
 
@@ -98,15 +100,6 @@ def pack_q8_0(tensor: Tensor) -> U8:
     return packed
 
 
-def _pack_float(dtype: str | np.dtype[np.generic]) -> Callable[[Tensor], U8]:
-    def pack(tensor: Tensor) -> U8:
-        assert not isinstance(tensor, QuantTensor | GgmlTensor)
-        packed: U8 = np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8)
-        return packed
-
-    return pack
-
-
 def pack_blocks(tensor: Tensor) -> U8:
     """Blocks as they are. u8[out * bytes of a row]."""
     assert isinstance(tensor, GgmlTensor)
@@ -114,9 +107,9 @@ def pack_blocks(tensor: Tensor) -> U8:
 
 
 PACKERS: dict[GGMLQuantizationType, Callable[[Tensor], U8]] = {
-    GGMLQuantizationType.F32: _pack_float("<f4"),
-    GGMLQuantizationType.F16: _pack_float("<f2"),
-    GGMLQuantizationType.BF16: _pack_float(np.dtype(ml_dtypes.bfloat16)),
+    GGMLQuantizationType.F32: partial(pack_floats, dtype=np.dtype("<f4"), where="target gguf"),
+    GGMLQuantizationType.F16: partial(pack_floats, dtype=np.dtype("<f2"), where="target gguf"),
+    GGMLQuantizationType.BF16: partial(pack_floats, dtype=np.dtype(ml_dtypes.bfloat16), where="target gguf"),
     GGMLQuantizationType.Q8_0: pack_q8_0,
     GGMLQuantizationType.Q4_0: pack_q4_0,
     GGMLQuantizationType.Q4_1: pack_q4_1,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from converters.config import ModelConfig, Rope, RopeKind
 from converters.errors import UsageError
-from exporters.base import Activations, Model, Semantics
-from exporters.transformers_files import ARCHITECTURES, Json, decoder_config, llama3_scaling, partial_rotary_factor
+from exporters.base import Activations, Model, Semantics, Target
+from exporters.schemes import require_family
+from exporters.transformers_files import Json, decoder_config, llama3_scaling, partial_rotary_factor
 
 # What initialize_rope and phi3.Attention understand; model_type "mistral" is read with models/llama.py. phi3 takes
 # "linear" only together with a dummy long_factor.
@@ -24,8 +25,7 @@ TORCH_DTYPES = {Activations.FP32: "float32", Activations.FP16: "float16", Activa
 def check_config(model: Model) -> None:
     """UsageError if mlx-lm has no model that computes this one within the context asked for."""
     config, rope = model.graph.config, model.graph.config.rope
-    if config.family not in ARCHITECTURES:
-        raise _unsupported("model family", ", ".join(ARCHITECTURES), config.family)
+    require_family(model, Target.MLX, ROPE_KINDS)
     if rope.kind not in ROPE_KINDS[config.family]:
         expected = ", ".join(kind.value for kind in ROPE_KINDS[config.family])
         raise _unsupported(f"RoPE scaling of a {config.family} model", expected, rope.kind.value)

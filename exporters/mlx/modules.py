@@ -13,7 +13,8 @@ from converters.quantize.scheme import BF16, FP16, FP32, Scheme
 from converters.quantize.tensor import U8, Tensor
 from converters.role import Role
 from exporters.base import Activations, TargetOptions
-from exporters.mlx.pack import DTYPES, group_size_for, pack_biases, pack_codes, pack_float, pack_scales
+from exporters.floats import pack_floats
+from exporters.mlx.pack import DTYPES, group_size_for, pack_biases, pack_codes, pack_scales
 
 # Module paths by the last part of a weight's name: mlx_lm/models/llama.py, and what phi3.py fuses.
 PATHS = {
@@ -172,7 +173,8 @@ def stored_tensors(module: Module, activations: Activations) -> Iterator[StoredT
     quantization = module.quantization
     if quantization is None:
         dtype = float_dtype if module.weights[0].role is Role.NORM else FLOAT_DTYPES[module.scheme]
-        yield stored("weight", dtype, width, partial(pack_float, dtype=dtype))
+        where = f"target mlx, {module.path}"
+        yield stored("weight", dtype, width, partial(pack_floats, dtype=DTYPES[dtype], where=where))
         return
     size, bits = quantization["group_size"], quantization["bits"]
     groups = (width[0] // size,)

@@ -1,4 +1,4 @@
-"""Packing into MLX's affine format: four functions, pure on a block of rows.
+"""Packing into MLX's affine format: three functions, pure on a block of rows.
 
 MLX computes `value = scales * code + biases` (mlx.core.quantize, mode "affine"). A row of codes is a row of u32 words,
 32/bits codes in each, the first code in the lowest bits; stored little-endian, that is one byte a code at 8 bits and
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ModelError
-from converters.quantize.tensor import U8, FloatArray, GgmlTensor, QuantTensor, Tensor
+from converters.quantize.tensor import U8, FloatArray, QuantTensor, Tensor
 from exporters.nibbles import pack_nibbles
 
 GROUP_SIZES = (128, 64, 32)  # what mlx.core.quantize accepts in affine mode and tundish makes
@@ -67,22 +67,6 @@ def pack_biases(tensor: Tensor, group_size: int, dtype: str) -> U8:
             expected=f"a value that {dtype} holds",
             found=f"{exact[wrong][0]!r}",
             mend="Set the MLX target's activations to fp32, which stores scales and biases in float32.",
-        )
-    return _bytes(stored, dtype)
-
-
-def pack_float(tensor: Tensor, dtype: str) -> U8:
-    """Floats [n, in] or [n] -> their little-endian bytes in `dtype`. ModelError if a finite value overflows."""
-    assert not isinstance(tensor, QuantTensor | GgmlTensor)
-    with np.errstate(over="ignore"):
-        stored = tensor.astype(DTYPES[dtype])
-    if not np.isfinite(stored).all():
-        raise ModelError(
-            f"a weight is outside the range of {dtype}",
-            where="MLX container",
-            expected=f"numbers that {dtype} holds",
-            found=f"{np.abs(tensor.astype(np.float32)).max():.6g}",
-            mend="Set the MLX target's activations to fp32, and the scheme of float weights to fp32 or bf16.",
         )
     return _bytes(stored, dtype)
 

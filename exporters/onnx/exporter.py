@@ -11,11 +11,11 @@ from converters.graph import Weight
 from converters.ops import Attention
 from converters.quantize.scheme import NumberType
 from converters.quantize.tensor import F32
-from exporters.base import Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import Activations, Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.onnx import examine
 from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
-from exporters.onnx.settings import BFLOAT_PROVIDERS, Settings, resolve_settings
+from exporters.onnx.settings import BFLOAT_PROVIDERS, MAX_CACHE, Settings, resolve_settings
 from exporters.onnx.tokenizer_files import tokenizer_files
 from exporters.options import ExecutionProvider, OnnxOptions
 from exporters.schemes import refuse_ggml_schemes
@@ -54,6 +54,7 @@ class OnnxExporter:
         for weight in model.graph.weights.values():
             _check_weight(weight, settings)
         _check_window(model, settings)
+        _check_caches(model)
 
     def layout(self, model: Model, options: TargetOptions) -> Layout:
         from exporters.onnx.lower import lower  # needs onnx, which checking a recipe does not
@@ -112,6 +113,14 @@ def _check_weight(weight: Weight, settings: Settings) -> None:
             found=scheme.name,
             mend=f"Choose another scheme for {weight.role.value}.",
         )
+    if scheme.is_integer and settings.activations is Activations.BF16:
+        raise UsageError(
+            "MatMulNBits takes scales in the type of the activations, and bf16 would change the weights",
+            where=f"target onnx, weight {weight.name}",
+            expected="activations fp16, or a float scheme",
+            found=f"activations bf16, scheme {scheme.name}",
+            mend="Set the target's activations to fp16, or leave them out.",
+        )
     if scheme.is_integer and not settings.block_size(scheme, weight.shape[1]):
         raise UsageError(
             "MatMulNBits needs groups of 16 or a larger power of two",
@@ -133,6 +142,22 @@ def _check_window(model: Model, settings: Settings) -> None:
             expected=f"a context of at most {window} tokens, the model's window",
             found=str(model.context_length),
             mend=f"Set context to {window} in the recipe, or build for another execution provider.",
+        )
+
+
+def _check_caches(model: Model) -> None:
+    """The rotary caches have a row a position. A layout computes them whole, before a plan counts any memory."""
+    rope = model.graph.config.rope
+    longest = rows = MAX_CACHE // (rope.dim // 2)
+    if rope.kind is RopeKind.LONGROPE:  # past the original context its rows come first, in the same caches
+        longest = max(min(rows, rope.original_context), rows - rope.original_context)
+    if model.context_length > longest:
+        raise UsageError(
+            "the context is too long for ONNX, whose rotary embedding is a table of all positions",
+            where="target onnx",
+            expected=f"at most {longest} tokens",
+            found=str(model.context_length),
+            mend=f"Set context to {longest} or less in the recipe, or leave the target onnx out.",
         )
 
 

@@ -17,6 +17,7 @@ from converters.graph import Weight
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import U8, QuantTensor, Tensor
 from exporters.base import Place
+from exporters.floats import pack_floats
 from exporters.onnx import pack
 from exporters.onnx.data_file import ONNX_TYPES, DataFile, external_tensor
 from exporters.onnx.names import DATA_FILE
@@ -71,7 +72,8 @@ class Matrices:
         """The initializer of a norm weight [hidden], in the activations' type, which the norm operators demand."""
         if name not in self.initializers:
             dtype = self.settings.numpy_type
-            region = self._region([self.weights[name]], dtype.itemsize, partial(pack.pack_floats, dtype=dtype))
+            packer = partial(pack_floats, dtype=dtype, where=f"target onnx, weight {name}")
+            region = self._region([self.weights[name]], dtype.itemsize, packer)
             self._initialize(name, ONNX_TYPES[self.settings.activations], (region.rows,), region)
         return name
 
@@ -111,7 +113,8 @@ class Matrices:
         name = stack_name(names)
         if not scheme.is_integer:
             dtype = NUMPY_TYPES[float_type(scheme)]
-            values = self._region(weights, width * dtype.itemsize, partial(pack.pack_floats, dtype=dtype))
+            packer = partial(pack_floats, dtype=dtype, where=f"target onnx, weight {name}")
+            values = self._region(weights, width * dtype.itemsize, packer)
             return Matrix(name, scheme, rows, width, values, None, None, 0)
         block, dtype = self.settings.block_size(scheme, width), self.settings.numpy_type
         groups = width // block

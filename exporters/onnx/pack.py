@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.quantize.tensor import F32, U8, FloatArray, GgmlTensor, QuantTensor, Tensor
+from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor
 from exporters.nibbles import pack_nibbles, unpack_nibbles
 
 
@@ -22,7 +22,7 @@ def pack_codes(tensor: QuantTensor) -> U8:
 
 
 def pack_scales(tensor: QuantTensor, block: int, dtype: np.dtype) -> U8:
-    """u8[n * in / block * itemsize]: input scales. fp16 scales are exact in fp32; bf16 rounds them."""
+    """u8[n * in / block * itemsize]: input scales. fp16 or fp32, which hold fp16 scales exactly."""
     scale = tensor.regroup(block).scale.astype(dtype)
     return np.ascontiguousarray(scale).reshape(-1).view(np.uint8)
 
@@ -31,12 +31,6 @@ def pack_zeros(tensor: QuantTensor, block: int) -> U8:
     """u8[n * ceil(in / block * bits / 8)]: input zero_points."""
     zeros = tensor.regroup(block).zeros()
     return (pack_nibbles(zeros) if tensor.bits == 4 else np.ascontiguousarray(zeros)).reshape(-1)
-
-
-def pack_floats(tensor: Tensor, dtype: np.dtype) -> U8:
-    """u8[n * in * itemsize]: a float matrix or norm in the type it is stored in."""
-    assert not isinstance(tensor, QuantTensor | GgmlTensor)
-    return np.ascontiguousarray(tensor.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
 
 
 def dequantize(codes: U8, scales: FloatArray, zeros: U8 | None, width: int, bits: int) -> F32:

@@ -33,6 +33,7 @@ BFLOAT_PROVIDERS = (ExecutionProvider.CPU, ExecutionProvider.CUDA)
 
 LARGEST_BLOCK = 128  # MatMulNBits takes powers of two from 16; every provider has kernels up to 128
 SMALLEST_BLOCK = 16
+MAX_CACHE = 1 << 26  # numbers of a rotary cache, 256 MiB: a million positions for heads of 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from converters.config import RopeKind
-from converters.errors import ModelError, UsageError
+from converters.errors import UsageError
 from converters.graph import Weight
 from converters.quantize.scheme import NumberType
 from converters.quantize.tensor import F32
@@ -30,7 +30,7 @@ from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
 from exporters.schemes import refuse_ggml_schemes
-from exporters.transformers_files import ARCHITECTURES, encode_json, generation_config, tokenizer_files
+from exporters.transformers_files import encode_json, generation_config, tokenizer_files
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
@@ -64,10 +64,6 @@ class OpenvinoExporter:
 
     def check(self, model: Model, options: TargetOptions) -> None:
         refuse_ggml_schemes(model, self.target)
-        family = model.graph.config.family
-        if family not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise ModelError("unsupported family", where="target openvino", expected=known, found=family)
         assert isinstance(options, OpenvinoOptions)
         for weight in model.graph.weights.values():
             for device in options.devices:

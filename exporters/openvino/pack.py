@@ -7,12 +7,13 @@ Each function returns u8[rows * row_nbytes] of a constant whose rows start at wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
 from converters.quantize.tensor import U8, QuantTensor, Tensor
+from exporters.floats import pack_floats
 from exporters.nibbles import pack_nibbles
 
 
@@ -58,16 +59,6 @@ def pack_zero_u8(tensor: Tensor) -> U8:
     return np.ascontiguousarray(tensor.zeros()).reshape(-1)
 
 
-def float_packer(dtype: np.dtype) -> Callable[[Tensor], U8]:
-    """A function that packs float rows as little-endian `dtype`."""
-
-    def pack_float(tensor: Tensor) -> U8:
-        assert not isinstance(tensor, QuantTensor)
-        return np.ascontiguousarray(tensor, dtype).view(np.uint8).reshape(-1)
-
-    return pack_float
-
-
-pack_f32 = float_packer(np.dtype("<f4"))
-pack_f16 = float_packer(np.dtype("<f2"))
-pack_bf16 = float_packer(np.dtype(ml_dtypes.bfloat16))
+pack_f32 = partial(pack_floats, dtype=np.dtype("<f4"), where="target openvino")
+pack_f16 = partial(pack_floats, dtype=np.dtype("<f2"), where="target openvino")
+pack_bf16 = partial(pack_floats, dtype=np.dtype(ml_dtypes.bfloat16), where="target openvino")

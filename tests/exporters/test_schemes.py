@@ -28,6 +28,17 @@ def test_ggml_schemes_are_refused(target: Target, tmp_path: Path) -> None:
     exporter.check(plain, exporter.options())
 
 
+@pytest.mark.parametrize("target", [Target.GGUF, Target.MLX])
+def test_a_family_that_the_runtime_has_no_name_for_is_refused(target: Target, tmp_path: Path) -> None:
+    model = make_model("llama3", tmp_path)
+    odd = replace(model, graph=replace(model.graph, config=replace(model.graph.config, family="odd")))
+    found = (
+        rf"no model of this family \(target {target}\); expected phi3, llama, mistral; found odd. Leave {target} out"
+    )
+    with pytest.raises(UsageError, match=found):
+        EXPORTERS[target].check(odd, EXPORTERS[target].options())
+
+
 def test_a_mix_is_named() -> None:
     from exporters.schemes import refuse_ggml_schemes
     from tests.exporters.tiny_graphs import BASE, model_of, random_graph

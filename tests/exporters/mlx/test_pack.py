@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from converters.errors import ModelError
 from converters.quantize.tensor import QuantTensor
-from exporters.mlx.pack import group_size_for, pack_biases, pack_codes, pack_float, pack_scales
+from exporters.mlx.pack import group_size_for, pack_biases, pack_codes, pack_scales
 
 
 def test_a_row_by_hand() -> None:
@@ -76,15 +75,6 @@ def test_a_bias_that_fp16_cannot_hold_is_an_error() -> None:
     with pytest.raises(ModelError, match="activations to fp32"):
         pack_biases(tensor, 32, "F16")
     assert pack_biases(tensor, 32, "F32").view("<f4").tolist() == [-76800.0]
-
-
-def test_floats() -> None:
-    values = np.array([1.5, -2.0], np.float32)
-    assert pack_float(values, "F32").tobytes() == values.astype("<f4").tobytes()
-    assert pack_float(values, "F16").tobytes() == values.astype("<f2").tobytes()
-    assert pack_float(values, "BF16").tobytes() == values.astype(ml_dtypes.bfloat16).tobytes()
-    with pytest.raises(ModelError, match="F16"):
-        pack_float(np.array([1e5], np.float32), "F16")
 
 
 def test_group_sizes_that_mlx_has() -> None:

@@ -143,7 +143,7 @@ def test_decoding_step_by_step_equals_one_pass(tmp_path: Path) -> None:
 
 def test_bf16_activations_have_no_cpu_kernel(tmp_path: Path) -> None:
     options = OnnxOptions(execution_provider=ExecutionProvider.CUDA, activations=Activations.BF16)
-    artifact = write_artifact(model_of(graph_of("plain", "int4_g32")), tmp_path, options)
+    artifact = write_artifact(model_of(graph_of("plain", "bf16")), tmp_path, options)
     onnx.checker.check_model(str(artifact / MODEL_FILE))
     with pytest.raises(GateError, match="cannot open the model on the CPU"):
         EXPORTER.open(artifact, options).logits([1, 2])

@@ -48,6 +48,30 @@ def test_bf16_weights_a_provider_cannot_read(provider: str) -> None:
         EXPORTER.check(model_of(graph_of("plain", "fp32", embedding="bf16")), options)
 
 
+def test_bf16_scales_would_not_be_the_quantizers() -> None:
+    options = OnnxOptions(execution_provider=ExecutionProvider.CUDA, activations=Activations.BF16)
+    with pytest.raises(UsageError, match=r"bf16 would change the weights .*blocks.0.attn_q.*scheme int4_g32"):
+        EXPORTER.check(model_of(graph_of("plain", "bf16", attn_q="int4_g32")), options)
+    EXPORTER.check(model_of(graph_of("plain", "bf16")), options)
+
+
+@pytest.mark.parametrize(
+    ("original", "context", "longest"),
+    [
+        (None, 2**31 - 1, 2**23),
+        (4096, 2**31 - 1, 2**23 - 4096),  # rows of the short factors are in the same table
+        (3 * 2**21, 2**23, 3 * 2**21),
+        (2**30, 2**31 - 1, 2**23),
+    ],
+)
+def test_rotary_tables_that_no_memory_holds(original: int | None, context: int, longest: int) -> None:
+    """Heads of 16: eight numbers a position."""
+    model = model_of(graph_of("plain")) if original is None else longrope(original, 2**31 - 1)
+    with pytest.raises(UsageError, match=rf"at most {longest} tokens; found {context}\. Set context to {longest} or"):
+        EXPORTER.check(replace(model, context_length=context), CPU)
+    EXPORTER.check(replace(model, context_length=longest), CPU)
+
+
 def test_a_window_that_directml_would_ignore() -> None:
     model = model_of(graph_of("window"))
     with pytest.raises(UsageError, match="no sliding window") as error:
