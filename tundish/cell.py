@@ -29,6 +29,7 @@ from tundish.events import Event, Events, watching
 from tundish.gates import FailedGatesError
 from tundish.integrity import require_intact
 from tundish.job import Choices, build, output, settle_recipe
+from tundish.letters import use_plain_letters
 from tundish.manifest import portable_recipe
 from tundish.manifest_file import MANIFEST, read_manifest
 from tundish.model import find_source, open_model
@@ -195,6 +196,7 @@ def main() -> None:
     """Runs the request in the file given."""
     exit_with_parent()
     unwind_at_signals()
+    use_plain_letters()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # native libraries print to descriptor 1
 

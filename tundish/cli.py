@@ -18,6 +18,7 @@ from converters.errors import TundishError
 from exporters.target import Target
 from tundish import console, tables
 from tundish.console import figures_of_failed_gates, people, show, watcher
+from tundish.letters import use_plain_letters
 from tundish.options import (
     BuildArgument,
     DeviceOption,
@@ -81,6 +82,7 @@ def main() -> None:
     os.environ.setdefault("USE_TORCH", "0")  # transformers would import it where it is installed, which takes seconds
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look for some in all that is installed
     unwind_at_signals()
+    use_plain_letters()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "×" is no reason to fail

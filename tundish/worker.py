@@ -25,6 +25,7 @@ from exporters.registry import EXPORTERS
 from tundish.chat_renderer import chat_renderer
 from tundish.child import exit_with_parent
 from tundish.digest import digest_of
+from tundish.letters import use_plain_letters
 from tundish.model import open_model
 from tundish.recipe import Recipe
 
@@ -94,4 +95,5 @@ def package_versions(modules: tuple[str, ...]) -> dict[str, str]:
 
 if __name__ == "__main__":
     exit_with_parent()
+    use_plain_letters()
     run(Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
