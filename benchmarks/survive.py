@@ -168,7 +168,16 @@ def same(options: argparse.Namespace) -> dict[str, int]:
         variables |= {"PYTHONPATH": str(root), "PYTHONHASHSEED": str(threads), "TUNDISH_CACHE": str(world / "cache")}
         line = command(argparse.Namespace(**{**vars(options), "model": str(model)}), world / "out", True)
         line += ["--threads", str(threads)]
-        subprocess.run(line, env=os.environ | variables, cwd=root, umask=0o077 * (threads % 2), check=True)  # noqa: S603
+        with (world / "log").open("w") as log:
+            subprocess.run(  # noqa: S603  # our own line, no shell
+                line,
+                env=os.environ | variables,
+                cwd=root,
+                umask=0o077 * (threads % 2),
+                check=True,
+                stderr=log,
+                stdout=log,
+            )
         built.append(digests(world / "out") or {})
     one, other = built
     differing = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
