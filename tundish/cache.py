@@ -24,7 +24,7 @@ import platformdirs
 
 from converters.errors import ModelError
 from converters.json_file import read_small
-from tundish.disk import cache_errors
+from tundish.disk import cache_errors, replace_file
 from tundish.publish import reclaim, staging
 
 if sys.platform != "win32":
@@ -95,23 +95,9 @@ def canonical(document: Json) -> str:
 
 
 def write_index(folder: Path, content: Json) -> None:
-    """Say what an entry holds. The digest beside it tells when the index itself is damaged.
-
-    One that was there is replaced at once, when this one is on the disk.
-    """
+    """Say what an entry holds. The digest beside it tells when the index itself is damaged."""
     index = {"sha256": canonical(content), "content": content}
-    new = folder / f"{INDEX}.new"
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(index, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(folder / INDEX)
-    if sys.platform != "win32":  # where no folder can be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
 
 
 def read_index(folder: Path) -> Json | None:

@@ -252,7 +252,7 @@ def verify(
 ) -> None:
     """Check the files of an earlier build and its signature, open the artifacts in their runtimes and measure again."""
     from tundish import recheck
-    from tundish.integrity import require_intact
+    from tundish.integrity import holding_intact
     from tundish.observe import artifact_titles, observing
     from tundish.processors import cores
 
@@ -260,9 +260,9 @@ def verify(
     with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
             if files_only:
-                intact = require_intact(folder, threads or cores(), key)
-                watching.say(f"files: as they were built; the figures are the build's. {intact.signature.value}")
-                manifest = observed.manifest = intact.manifest
+                with holding_intact(folder, threads or cores(), watching.say, key) as intact:
+                    watching.say(f"files: as they were built; the figures are the build's. {intact.signature.value}")
+                    manifest = observed.manifest = intact.manifest
             else:
                 manifest = observed.manifest = recheck.verify_again(folder, model, threads, watching, key)
         show(manifest, as_json, tables.summary_text)
@@ -281,7 +281,8 @@ def sign(
     from tundish.papers import sign_build
     from tundish.processors import cores
 
-    signature = sign_build(folder, key, threads or cores())
+    with people() as watching:
+        signature = sign_build(folder, key, threads or cores(), watching)
     show({"signature": str(signature)}, as_json, lambda document: f"signed: {document['signature']}")
 
 

@@ -22,7 +22,7 @@ from converters.source import require_unchanged
 from exporters.base import Exporter, Model, Target, TargetOptions
 from exporters.registry import EXPORTERS
 from tundish.child import run_child
-from tundish.disk import disk_errors
+from tundish.disk import disk_errors, replace_files
 from tundish.divergence import Divergence
 from tundish.heldout import evaluation_text
 from tundish.integrity import require_intact
@@ -387,7 +387,4 @@ def _write(document: Mapping[str, Any], out: Path) -> None:
     files = {REPORT: write_comparison(document, bool(marks))} | ({PICTURE: size_against_kl(marks)} if marks else {})
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            temporary = out / f"{name}.new"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(out / name)
+        replace_files({out / name: text.encode() for name, text in files.items()})

@@ -1,10 +1,17 @@
-"""What a disk refuses, told so that a user can mend it. A module of its own, light enough for the command line."""
+"""Files that are written whole or not at all, and what a disk refuses, told so that a user can mend it.
+
+A module of its own, light enough for the command line.
+"""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+import glob
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import ResourceError
@@ -55,3 +62,58 @@ def cache_errors(folder: Path) -> Iterator[None]:
             where=str(folder),
             mend="Free space there, which `tundish cache gc` does, or set TUNDISH_CACHE to a folder on another disk.",
         ) from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all: one that was there is replaced once this one is on the disk."""
+    replace_files({path: data})
+
+
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """The same with several, once all of them are on the disk, and at nearly one time.
+
+    By way of temporary ones, which an error does not leave behind. A kill may: see `remove_left`.
+    """
+    ready: list[tuple[Path, Path]] = []
+    try:
+        for path, data in files.items():
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # others may be at the same file
+            with temporary.open("xb") as file:
+                ready.append((temporary, path))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in ready:
+            temporary.replace(path)
+    except BaseException:
+        for temporary, _ in ready:
+            with suppress(OSError):  # what went wrong first is told
+                temporary.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in files}:
+        sync(folder)
+
+
+def put_in_place(made: Path, path: Path) -> None:
+    """Give a file that is whole its name on the same file system, once it is on the disk."""
+    sync(made)
+    made.replace(path)
+    sync(path.parent)
+
+
+def remove_left(path: Path) -> None:
+    """Remove what killed processes left that were replacing this file. A living one must not be at it."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.new"):
+        if temporary.is_file() and not temporary.is_symlink():
+            temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Have a file's contents, or the names in a folder, on the disk."""
+    if sys.platform == "win32":  # where no folder can be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -26,7 +26,7 @@ from exporters.gguf.importance import imatrix_means, imatrix_names
 from tundish.cache import in_use
 from tundish.calibrate import calibration_ids, linear_elements, origin_of, reading_asked, title_of
 from tundish.calibration_text import digest
-from tundish.disk import disk_errors
+from tundish.disk import disk_errors, put_in_place
 from tundish.job import Choices, settle_recipe, settle_source, telling_lines
 from tundish.model import open_model
 from tundish.publish import reclaim, staging
@@ -71,7 +71,7 @@ def make_imatrix(choices: Choices, file: Path, form: Form | None, watcher: Watch
                 nbytes, sha256 = made.stat().st_size, sha256_of([made])[made]
                 _require_file(path)  # somebody may have put something there meanwhile
                 _require_replaceable(path, model)
-                made.replace(path)
+                put_in_place(made, path)
     watcher.say(f"written: {path}")
     return {
         "file": str(path),

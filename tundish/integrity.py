@@ -7,8 +7,11 @@ named, but whoever changes a file can change both of them as well.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -16,13 +19,23 @@ from typing import Any
 
 from converters.errors import GateError, UsageError
 from converters.file_digest import sha256_of
-from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, artifact_files, read_manifest
+from tundish.holding import holding
+from tundish.manifest_file import (
+    MANIFEST,
+    PROVENANCE,
+    SIGNATURE,
+    artifact_files,
+    manifest_data,
+    parse_manifest,
+    read_manifest,
+)
 from tundish.provenance import statement_bytes, subjects
-from tundish.publish import files_in
-from tundish.results import is_kept
+from tundish.publish import files_in, restore
+from tundish.results import meets, verdict
 from tundish.signing import require_envelope, signed_statement
 
 _SHOWN = 5
+_SAID = {True: "passed", False: "failed", None: "not verified"}
 
 
 class Signature(Enum):
@@ -35,10 +48,27 @@ class Signature(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Intact:
-    """A folder whose files all are as they were built."""
+    """A folder whose files all are as they were built: what was read of them, whatever becomes of them.
+
+    `digests`: SHA-256 in hex of each file, by name; `statement`: the bytes of the provenance.
+    """
 
     manifest: dict[str, Any]
     signature: Signature
+    digests: Mapping[str, str]
+    statement: bytes
+
+
+@contextmanager
+def holding_intact(folder: Path, threads: int, say: Callable[[str], None], key: Path | None = None) -> Iterator[Intact]:
+    """Hold a build's folder against other commands, or wait for one that does; yields what `require_intact` finds.
+
+    What a command that was killed had left half done in it is put right before.
+    """
+    held = folder.resolve()
+    with holding(held, say):
+        restore(held, say)
+        yield require_intact(folder, threads, key)
 
 
 def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intact:
@@ -56,21 +86,22 @@ def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intac
             expected=f"{SIGNATURE}, a signature by {key}",
             mend="`tundish sign` signs it.",
         )
-    if SIGNATURE in names:
-        require_envelope((folder / SIGNATURE).read_bytes())
-    sha256 = sha256_of([folder / name for name in names - {SIGNATURE}], threads)
-    found = {name: sha256[folder / name] for name in names - {SIGNATURE}}
-    provenance = (folder / PROVENANCE).read_bytes() if PROVENANCE in names else b""
+    seals = {name: (folder / name).read_bytes() for name in (PROVENANCE, SIGNATURE) if name in names}
+    if SIGNATURE in seals:
+        require_envelope(seals[SIGNATURE])
+    sha256 = sha256_of([folder / name for name in names - {*seals}], threads)
+    found = {name: sha256[folder / name] for name in names - {*seals}}
+    found |= {name: hashlib.sha256(data).hexdigest() for name, data in seals.items()}
+    provenance = seals.get(PROVENANCE, b"")
     if key is not None:
-        signed = signed_statement((folder / SIGNATURE).read_bytes(), key)
+        signed = signed_statement(seals[SIGNATURE], key)
         _require(folder, _differing(found, signed) | ({PROVENANCE} if signed != provenance else set()))
-        manifest = read_manifest(folder)
-        _require_consistent(folder, manifest)
-        return Intact(manifest, Signature.VALID)
     manifest = _manifest(folder, found, provenance)
-    _require(folder, _disagreeing(found, manifest, provenance))
+    if key is None:
+        _require(folder, _disagreeing(found, manifest, provenance))
     _require_consistent(folder, manifest)
-    return Intact(manifest, Signature.UNCHECKED if SIGNATURE in names else Signature.NONE)
+    unsigned = Signature.UNCHECKED if SIGNATURE in seals else Signature.NONE
+    return Intact(manifest, unsigned if key is None else Signature.VALID, found, provenance)
 
 
 def _strays(folder: Path, names: set[str]) -> set[str]:
@@ -109,24 +140,23 @@ def _require_consistent(folder: Path, manifest: dict[str, Any]) -> None:
 def _contradiction(result: dict[str, Any]) -> str:
     """What in a target's result cannot be, or nothing. See tundish.results for how verdicts come about."""
     for gate in result["gates"]:
-        name, passed, figure, threshold = (gate.get(part) for part in ("name", "passed", "figure", "threshold"))
-        if passed is False and result["passed"] is not False:
-            return f"a verdict of {_verdict(result['passed'])} where the gate {name} failed"
-        numbers = isinstance(figure, (int, float)) and isinstance(threshold, (int, float))
-        if passed and numbers and not is_kept(name, figure, threshold):
-            return f"the gate {name} passed with {figure} against {threshold}"
-    if result["passed"] and not any(gate.get("passed") for gate in result["gates"]):
-        return "a verdict of passed where no gate passed"
+        name, passed, figure, threshold = (gate[part] for part in ("name", "passed", "figure", "threshold"))
+        if figure is not None and threshold is not None and passed is not meets(name, figure, threshold):
+            return f"the gate {name} {_SAID[passed]} with {figure} against {threshold}"
+    gates = verdict(gate["passed"] for gate in result["gates"])
+    if result["passed"] is not gates:
+        return f"a verdict of {_SAID[result['passed']]} where the gates come to {_SAID[gates]}"
     return ""
 
 
-def _verdict(passed: bool | None) -> str:
-    return "not verified" if passed is None else "passed"
-
-
 def _differing(found: dict[str, str], statement: bytes) -> set[str]:
-    """Files but the provenance that are not as the statement says."""
-    return _different({name: digest for name, digest in found.items() if name != PROVENANCE}, subjects(statement) or {})
+    """Files that are not as the statement says, but for those that come after it."""
+    return _different(_stated(found), subjects(statement) or {})
+
+
+def _stated(found: dict[str, str]) -> dict[str, str]:
+    """What a statement is about."""
+    return {name: digest for name, digest in found.items() if name not in (PROVENANCE, SIGNATURE)}
 
 
 def _different(found: dict[str, str], recorded: dict[str, str]) -> set[str]:
@@ -134,8 +164,11 @@ def _different(found: dict[str, str], recorded: dict[str, str]) -> set[str]:
 
 
 def _manifest(folder: Path, found: dict[str, str], provenance: bytes) -> dict[str, Any]:
+    """The manifest of the digest that was found."""
     try:
-        return read_manifest(folder)
+        data = manifest_data(folder)
+        _require(folder, {MANIFEST} if hashlib.sha256(data).hexdigest() != found[MANIFEST] else set())
+        return parse_manifest(data, folder)
     except UsageError:
         if (subjects(provenance) or {}).get(MANIFEST, found[MANIFEST]) != found[MANIFEST]:
             _require(folder, {MANIFEST})  # a build's, and damaged since
@@ -148,7 +181,7 @@ def _disagreeing(found: dict[str, str], manifest: dict[str, Any], provenance: by
     recorded = {
         name: record["sha256"] for name, record in {**artifact_files(manifest), **manifest["documents"]}.items()
     }
-    by_manifest = _different({name: found[name] for name in found if name not in (MANIFEST, PROVENANCE)}, recorded)
+    by_manifest = _different({name: found[name] for name in _stated(found) if name != MANIFEST}, recorded)
     if said is None or said.get(MANIFEST) == found[MANIFEST]:  # nobody guesses the digest of a changed manifest
         agreed = provenance == statement_bytes(manifest, found[MANIFEST])
         return by_manifest if agreed else by_manifest | {PROVENANCE}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -12,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from converters.errors import ModelError, UsageError
 from converters.json_file import read_small
 from exporters.base import Target
+from tundish.disk import IN_PLACE, disk_errors, remove_left, replace_file
+from tundish.source_card import CARD
 
 MANIFEST = "manifest.json"
 REPORT = "report.md"
@@ -63,10 +64,17 @@ class _Source(_Record):
     files: dict[str, str] = Field(min_length=1)
 
 
+class _Gate(_Record):
+    name: str
+    passed: bool | None
+    figure: float | None
+    threshold: float | None
+
+
 class _Result(_Record):
     passed: bool | None
     versions: dict[str, str]
-    gates: list[dict[str, Any]]
+    gates: list[_Gate]
 
 
 class _Manifest(_Record):
@@ -87,13 +95,24 @@ class _Manifest(_Record):
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a build; UsageError if the folder holds none, or one that tundish did not write."""
+    return parse_manifest(manifest_data(folder), folder)
+
+
+def manifest_data(folder: Path) -> bytes:
+    """The bytes of a build's manifest; UsageError if the folder holds none."""
+    try:
+        return read_small(folder / MANIFEST, _MAX_NBYTES)
+    except (OSError, ValueError, ModelError) as error:
+        raise _no_build(folder, error) from error
+
+
+def parse_manifest(data: bytes, folder: Path) -> dict[str, Any]:
+    """What the bytes of a folder's manifest say; UsageError if tundish did not write them."""
     path = folder / MANIFEST
     try:
-        text = read_small(path, _MAX_NBYTES).decode()
-    except (OSError, ValueError, ModelError) as error:
-        raise UsageError(
-            "not a folder that tundish built", where=str(folder), expected=f"a readable {MANIFEST}", found=str(error)
-        ) from error
+        text = data.decode()
+    except ValueError as error:
+        raise _no_build(folder, error) from error
     try:
         manifest: dict[str, Any] = json.loads(text)
         # What JSON can spell and nobody can write: half of a surrogate pair, and 1e999.
@@ -113,6 +132,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _no_build(folder: Path, error: Exception) -> UsageError:
+    return UsageError(
+        "not a folder that tundish built", where=str(folder), expected=f"a readable {MANIFEST}", found=str(error)
+    )
+
+
 def artifact_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the manifest records of the files in artifact folders ("bytes", "sha256"), by <target>/<name>."""
     return {
@@ -129,15 +154,12 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json; an earlier one is never lost."""
-    write_files(folder, {MANIFEST: manifest_bytes(manifest)})
+    replace_file(folder / MANIFEST, manifest_bytes(manifest))
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files by way of temporary ones, so that earlier ones are never lost, and all of them at nearly one time."""
-    ready = []
-    for name, data in files.items():
-        temporary = folder / (name + ".new")
-        temporary.write_bytes(data)
-        ready.append((temporary, folder / name))
-    for temporary, path in ready:
-        temporary.replace(path)
+def remove_left_papers(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote the papers of a build. For whoever holds the folder."""
+    papers = [folder / name for name in PAPERS] + [folder / target / CARD for target in Target]
+    with disk_errors(folder, IN_PLACE):
+        for paper in papers:
+            remove_left(paper)

@@ -313,4 +313,5 @@ class _Matrix:
         """Sign a build of this run, or an earlier one that nobody has signed."""
         signer, out = self.options.signer, self._out(cell)
         if signer is not None and (result == "built" or (result == "reused" and not (out / SIGNATURE).exists())):
-            sign_folder(out, signer, self.options.threads or cores())
+            say = self.say
+            sign_folder(out, signer, self.options.threads or cores(), lambda text: say(f"[{cell.name}] {text}"))

@@ -6,7 +6,7 @@ Each has the digests of those before it, so that a signature of the last covers 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,21 @@ from converters.errors import GateError, UsageError
 from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tundish.cards import model_card
-from tundish.disk import IN_PLACE, disk_errors
-from tundish.integrity import require_intact
-from tundish.manifest_file import MANIFEST, PROVENANCE, REPORT, SIGNATURE, manifest_bytes, write_files
+from tundish.disk import IN_PLACE, disk_errors, replace_file, replace_files
+from tundish.integrity import holding_intact
+from tundish.manifest_file import MANIFEST, PROVENANCE, REPORT, SIGNATURE, manifest_bytes
 from tundish.provenance import statement_bytes
 from tundish.report import write_report
 from tundish.signing import KEY_VARIABLE, Signer, load_signer, sign
 from tundish.source_card import CARD
+from tundish.watcher import SILENT, Watcher
 
 
 def write_licences(folder: Path, manifest: dict[str, Any], licences: Mapping[str, bytes]) -> None:
     """Put the checkpoint's licence into every artifact folder, and its digests into the manifest."""
     for target, entry in manifest["targets"].items():
         own = {name: data for name, data in licences.items() if name not in entry["files"]}
-        write_files(folder / target, own)
+        replace_files({folder / target / name: data for name, data in own.items()})
         entry["documents"] |= {name: _record(data) for name, data in own.items()}
 
 
@@ -45,11 +46,13 @@ def write_papers(folder: Path, manifest: dict[str, Any], signer: Signer | None) 
     manifest["documents"] = {REPORT: _record(papers[REPORT])}
     papers[MANIFEST] = manifest_bytes(manifest)
     papers[PROVENANCE] = statement_bytes(manifest, hashlib.sha256(papers[MANIFEST]).hexdigest())
+    if signer is not None:
+        papers[SIGNATURE] = sign(papers[PROVENANCE], signer)
     (folder / SIGNATURE).unlink(missing_ok=True)
-    write_files(folder, papers | ({} if signer is None else {SIGNATURE: sign(papers[PROVENANCE], signer)}))
+    replace_files({folder / name: data for name, data in papers.items()})
 
 
-def sign_build(folder: Path, key: Path | None, threads: int) -> Path:
+def sign_build(folder: Path, key: Path | None, threads: int, watcher: Watcher = SILENT) -> Path:
     """Sign a folder that is as it was built, with a private key in a PEM file or the environment's.
 
     Returns the signature's file. GateError if the folder was changed, or missed a gate; UsageError without a key.
@@ -57,18 +60,19 @@ def sign_build(folder: Path, key: Path | None, threads: int) -> Path:
     signer = load_signer(key)
     if signer is None:
         raise UsageError("no key to sign with", mend=f"Give one with --key, or as PEM in {KEY_VARIABLE}.")
-    sign_folder(folder, signer, threads)
+    sign_folder(folder, signer, threads, watcher.say)
     return folder / SIGNATURE
 
 
-def sign_folder(folder: Path, signer: Signer, threads: int) -> None:
+def sign_folder(folder: Path, signer: Signer, threads: int, say: Callable[[str], None]) -> None:
     """The same with a key that was loaded."""
-    manifest = require_intact(folder, threads).manifest
-    failed = [target for target, result in (manifest["verification"] or {}).items() if result["passed"] is False]
-    if failed:
-        raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
-    with disk_errors(folder, IN_PLACE):
-        write_files(folder, {SIGNATURE: sign((folder / PROVENANCE).read_bytes(), signer)})
+    with holding_intact(folder, threads, say) as intact:
+        results = intact.manifest["verification"] or {}
+        failed = [target for target, result in results.items() if result["passed"] is False]
+        if failed:
+            raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
+        with disk_errors(folder, IN_PLACE):
+            replace_file(folder / SIGNATURE, sign(intact.statement, signer))
 
 
 def _record(data: bytes) -> dict[str, Any]:

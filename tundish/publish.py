@@ -19,10 +19,10 @@ from pathlib import Path
 
 from converters.errors import UsageError
 from exporters.base import Target
-from tundish.disk import disk_errors
+from tundish.disk import disk_errors, sync
 from tundish.exchange import exchange, is_local
 from tundish.journal import JOURNAL
-from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, read_manifest
+from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, read_manifest, remove_left_papers
 from tundish.signals import deferred_signals
 
 if sys.platform != "win32":
@@ -193,8 +193,12 @@ def _lock(folder: Path) -> int | None:
 
 
 def restore(out: Path, say: Callable[[str], None]) -> None:
-    """Give `out` its name back, which a build that was killed while it published had taken from it."""
+    """Give `out` its name back, which a build that was killed while it published had taken from it.
+
+    And remove what was left in it by a command that was killed while it wrote its papers.
+    """
     if os.path.lexists(out):
+        remove_left_papers(out)
         return
     for path, _, ending in _left_beside(out):
         if ending == "old" and path.is_dir() and not path.is_symlink():
@@ -325,7 +329,7 @@ def _exchange(folder: Path, out: Path, targets: Collection[Target]) -> None:
                 raise
         else:
             _rename_twice(folder, out, targets)
-        _sync_one(out.parent)
+        sync(out.parent)
         _remove(folder)
 
 
@@ -356,25 +360,14 @@ def _sync(folder: Path) -> None:
     """Have everything in a folder on the disk: what it replaces will be gone, should the power fail."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync_one(Path(parent, name))
-        _sync_one(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
 def _complete(folder: Path) -> None:
     """Remove the journal. Only now: syncing takes seconds, and a build killed by then goes on from it."""
     (folder / JOURNAL).unlink(missing_ok=True)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    """A file's contents, or the names in a folder."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def _keep(folder: Path, name: Path) -> Path:

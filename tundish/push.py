@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 from converters.errors import GateError, ResourceError, TundishError, UsageError
 from exporters.target import Target
-from tundish.integrity import require_intact
-from tundish.manifest_file import PAPERS, PROVENANCE, SIGNATURE, artifact_files
+from tundish.integrity import Intact, holding_intact
+from tundish.manifest_file import PROVENANCE, SIGNATURE
 from tundish.processors import cores
 from tundish.provenance import subjects
 from tundish.watcher import Watcher
@@ -43,10 +43,14 @@ def push(asked: Push, watcher: Watcher) -> dict[str, Any]:
     stay. GateError unless the files are as they were built and every gate has passed.
     """
     repo, folder = _destination(asked.destination)
-    intact = require_intact(asked.folder, asked.threads or cores(), asked.key)
-    watcher.say(intact.signature.value)
-    _require_passed(intact.manifest, asked)
-    files = _files(asked, intact.manifest)
+    with holding_intact(asked.folder, asked.threads or cores(), watcher.say, asked.key) as intact:
+        watcher.say(intact.signature.value)
+        _require_passed(intact.manifest, asked)
+        return _push(asked, intact, repo, folder, watcher)
+
+
+def _push(asked: Push, intact: Intact, repo: str, folder: str, watcher: Watcher) -> dict[str, Any]:
+    files = _files(asked, intact.digests)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -119,16 +123,14 @@ def _require_passed(manifest: dict[str, Any], asked: Push) -> None:
         )
 
 
-def _files(asked: Push, manifest: dict[str, Any]) -> dict[str, tuple[Path, str]]:
+def _files(asked: Push, digests: Mapping[str, str]) -> dict[str, tuple[Path, str]]:
     """Path and SHA-256 of each file by its name on the Hub. One container goes with the provenance, if not the rest."""
-    recorded = {name: record["sha256"] for name, record in artifact_files(manifest).items()}
-    papers = {name for name in PAPERS if (asked.folder / name).exists()}
     start = "" if asked.target is None else f"{asked.target}/"
-    if asked.target is not None:
-        recorded = {name: digest for name, digest in recorded.items() if name.startswith(start)}
-        papers &= {PROVENANCE, SIGNATURE}
-    digests = recorded | {name: hashlib.sha256((asked.folder / name).read_bytes()).hexdigest() for name in papers}
-    return {name.removeprefix(start): (asked.folder / name, digest) for name, digest in sorted(digests.items())}
+    return {
+        name.removeprefix(start): (asked.folder / name, digest)
+        for name, digest in sorted(digests.items())
+        if name.startswith(start) or name in (PROVENANCE, SIGNATURE)
+    }
 
 
 def _stale(api: Any, repo: str, folder: str, target: Target | None, new: set[str]) -> set[str]:
@@ -149,12 +151,14 @@ def _arrived(api: Any, repo: str, commit: str, names: list[str]) -> dict[str, An
 
 
 def _same(operation: Any, info: Any) -> bool:
-    """Whether a file on the Hub is the one sent: by SHA-256 of a large file, by git's SHA-1 of any other."""
+    """Whether a file on the Hub is the one that was checked, by SHA-256 if it is large, by git's SHA-1 if not."""
     if info is None or info.size != operation.upload_info.size:
         return False
     if info.lfs is not None:
         return bool(info.lfs.sha256 == operation.upload_info.sha256.hex())
     data = Path(operation.path_or_fileobj).read_bytes()
+    if hashlib.sha256(data).digest() != operation.upload_info.sha256:
+        return False
     return bool(info.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
 
 

@@ -20,12 +20,11 @@ from converters.source import (
 from exporters.base import Target
 from exporters.registry import EXPORTERS
 from tundish.gates import FailedGatesError, failed_gates, record_results
-from tundish.holding import holding
-from tundish.integrity import Signature, require_intact
+from tundish.integrity import Intact, Signature, holding_intact
 from tundish.manifest import verification_record
+from tundish.manifest_file import SIGNATURE
 from tundish.model import SAMPLE, find_source, open_model
 from tundish.processors import cores
-from tundish.publish import restore
 from tundish.recipe import Recipe, recipe_digest
 from tundish.scratch import temporary_folder
 from tundish.settle import with_recorded_schemes
@@ -42,14 +41,12 @@ def verify_again(
 
     Updates its manifest, report and cards, unless it is signed: what somebody put a name to stays as it is.
     """
-    held = folder.resolve()
-    with holding(held, watcher.say):
-        restore(held, watcher.say)
-        return _verify_again(folder, model, threads or cores(), watcher, key)
+    count = threads or cores()
+    with holding_intact(folder, count, watcher.say, key) as intact:
+        return _verify_again(folder, intact, model, count, watcher)
 
 
-def _verify_again(folder: Path, model: str | None, count: int, watcher: Watcher, key: Path | None) -> dict[str, Any]:
-    intact = require_intact(folder, count, key)
+def _verify_again(folder: Path, intact: Intact, model: str | None, count: int, watcher: Watcher) -> dict[str, Any]:
     watcher.say(intact.signature.value)
     manifest = intact.manifest
     recipe = recorded_recipe(manifest, folder)
@@ -60,7 +57,8 @@ def _verify_again(folder: Path, model: str | None, count: int, watcher: Watcher,
         with temporary_folder() as scratch:
             results = verify(opened, source, recipe, EXPORTERS, folder, digests, scratch, count, watcher.say)
     require_unchanged(source.folder, stamp)
-    if intact.signature is Signature.NONE:
+    # Asked again: that took minutes, and where there are no locks, somebody may have signed meanwhile.
+    if intact.signature is Signature.NONE and not (folder / SIGNATURE).exists():
         record_results(manifest, results, folder, folder)
     else:
         manifest["verification"] = verification_record(results)

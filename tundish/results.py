@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from exporters.base import Target
@@ -35,10 +35,14 @@ class TargetResult:
 
     @property
     def passed(self) -> bool | None:
-        """False if a gate failed, None if nothing could be verified, else True."""
-        if any(gate.passed is False for gate in self.gates):
-            return False
-        return True if any(gate.passed for gate in self.gates) else None
+        """The verdict."""
+        return verdict(gate.passed for gate in self.gates)
+
+
+def verdict(gates: Iterable[bool | None]) -> bool | None:
+    """What gates come to: False if one failed, None if nothing could be verified, else True."""
+    passed = {*gates}
+    return False if False in passed else True if True in passed else None
 
 
 def measured(name: str, figure: float | None, threshold: float | None, detail: str) -> Gate:
@@ -48,9 +52,9 @@ def measured(name: str, figure: float | None, threshold: float | None, detail: s
     """
     if figure is None:
         return Gate(name, False, None, threshold, detail + NOT_FINITE)
-    return Gate(name, None if threshold is None else is_kept(name, figure, threshold), figure, threshold, detail)
+    return Gate(name, None if threshold is None else meets(name, figure, threshold), figure, threshold, detail)
 
 
-def is_kept(name: str, figure: float, threshold: float) -> bool:
+def meets(name: str, figure: float, threshold: float) -> bool:
     """Whether a figure is what its gate asks for; NaN never is."""
     return figure >= threshold if name == AGREEMENT else figure <= threshold

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tundish.cache import canonical, checkpoint_notes
-from tundish.disk import cache_errors
+from tundish.disk import cache_errors, replace_file
 
 
 def remember(files: Mapping[str, str], folder: Path) -> None:
@@ -15,9 +15,7 @@ def remember(files: Mapping[str, str], folder: Path) -> None:
     note = _note(files)
     with cache_errors(note):
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(".new")
-        temporary.write_text(json.dumps({"folder": str(folder)}), encoding="utf-8")
-        temporary.replace(note)
+        replace_file(note, json.dumps({"folder": str(folder)}).encode())
 
 
 def recall(files: Mapping[str, str]) -> Path | None:

@@ -89,14 +89,12 @@ def write_imatrix(
 ) -> None:
     """Write mean squares f32[in] by GGUF tensor name, as measured on `chunks` texts of `chunk_size` tokens.
 
-    A GGUF file, or with `legacy` a .dat, which keeps the last data set's name only. By way of a temporary file.
+    A GGUF file, or with `legacy` a .dat, which keeps the last data set's name only.
     """
-    temporary = path.with_name(path.name + ".new")
     if legacy:
-        temporary.write_bytes(_dat(means, chunks, datasets))
+        path.write_bytes(_dat(means, chunks, datasets))
     else:
-        _write_gguf(temporary, means, chunks, chunk_size, datasets)
-    temporary.replace(path)
+        _write_gguf(path, means, chunks, chunk_size, datasets)
 
 
 def _read_dat(data: bytes) -> ImportanceMatrix:

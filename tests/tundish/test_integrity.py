@@ -177,6 +177,10 @@ GATES: dict[str, tuple[bool | None, list[dict[str, Any]], bool]] = {
     "no gate passed": (True, [{"name": "stops", "passed": None}], False),
     "too far": (True, [{"name": "kl", "passed": True, "figure": 0.03, "threshold": 0.02}], False),
     "too few": (True, [{"name": "top1", "passed": True, "figure": 0.7, "threshold": 0.8}], False),
+    "failed, and none did": (False, [{"name": "stops", "passed": True}], False),
+    "not verified, and passed": (None, [{"name": "stops", "passed": True}], False),
+    "near enough": (False, [{"name": "kl", "passed": False, "figure": 0.01, "threshold": 0.02}], False),
+    "near enough, unsaid": (None, [{"name": "kl", "passed": None, "figure": 0.01, "threshold": 0.02}], False),
 }
 
 

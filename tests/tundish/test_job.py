@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_while_signing(poured: Path, tmp_path: Path, monkeyp
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tundish.papers.write_files", full)
+    monkeypatch.setattr("tundish.papers.replace_file", full)
     with pytest.raises(ResourceError, match="Free space there") as raised:
         sign_build(poured, write_keys(tmp_path, "key"), 1)
     assert "--out" not in str(raised.value)

@@ -67,4 +67,4 @@ def test_written_whole(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path) | {"extra": "ü"}
     write_manifest(tmp_path, manifest)
     assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == manifest
-    assert not (tmp_path / "manifest.json.new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "report.md", "gguf"}

@@ -418,7 +418,7 @@ def publish_until_killed(out: Path, moment: int, finish: Callable[[Path], object
 
     with staging(out) as folder:
         (folder / "new").write_text("new")
-        for owner, name in ((publishing, "exchange"), (publishing, "_sync_one"), (publishing, "_remove")):
+        for owner, name in ((publishing, "exchange"), (publishing, "sync"), (publishing, "_remove")):
             setattr(owner, name, killing(getattr(owner, name)))
         Path.rename = killing(Path.rename)  # type: ignore[method-assign]
         finish(folder)
