@@ -19,7 +19,7 @@ from tundish.cache import Json, cache_disk, cache_folder, canonical, costs, foun
 from tundish.disk import cache_errors
 from tundish.publish import staging
 
-COSTS_VERSION = 1  # to be raised whenever the same key comes to other costs
+COSTS_VERSION = 2  # to be raised whenever the same key comes to other costs
 
 
 @dataclass(slots=True)

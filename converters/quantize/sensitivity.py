@@ -31,6 +31,7 @@ from converters.quantize.stream import Store, Stream, join
 from converters.quantize.tensor import F32
 
 _TOGETHER = 1 << 12  # tokens of all streams that walk through a block at once
+_FAR = 4.0  # a change of a logit, up to which float32 holds the sum of p e^d to many digits
 _STRIPS, _STRIP_ROWS = 16, 32  # of a matrix whose error is measured: as much as tells schemes apart
 
 
@@ -188,25 +189,46 @@ def _divergences(
     require_finite(reference)
     p = np.exp(reference - reference.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    return {names: mean_kl(p, logits(branch) - reference) for names, branch in branches.items()}
+    found = {}
+    for names, branch in branches.items():
+        difference = logits(branch)
+        difference -= reference
+        require_finite(difference, f"{LOGITS} with {' and '.join(names)} quantized")
+        found[names] = mean_kl(p, reference, difference)
+    return found
 
 
-def require_finite(logits: F32) -> None:
+def require_finite(logits: F32, where: str = LOGITS) -> None:
     """ModelError if a model's logits on calibration tokens are not."""
     if not np.isfinite(logits).all():
         raise ModelError(
             "the model computes no finite values on calibration tokens",
-            where=LOGITS,
+            where=where,
             found="NaN or Inf",
             mend="The checkpoint is damaged: download it again or use another.",
         )
 
 
-def mean_kl(p: F32, difference: F32) -> float:
-    """Mean over positions of KL(p || q) in nats, q = softmax(log p + difference); f32[..., vocab] both.
+def mean_kl(p: F32, logits: F32, difference: F32) -> float:
+    """Mean over positions of KL(p || q) in nats, p = softmax(logits), q = softmax(logits + difference).
 
-    = log sum p e^d - sum p d, exact for the smallest d, where the difference of two log-softmaxes would drown it.
+    p, logits, difference: f32[..., vocab]. KL = log sum p e^d - sum p d, exact for the smallest d, where the difference
+    of two log-softmaxes would drown it. Where a d is large, that difference is taken: p may be 0 in float32 where p e^d
+    is not.
     """
-    expected = np.sum(p * difference, axis=-1, dtype=np.float64)
-    grown = np.sum(p * np.expm1(difference), axis=-1, dtype=np.float64)
-    return float(np.mean(np.log1p(grown) - expected))
+    far = np.maximum(difference.max(axis=-1), -difference.min(axis=-1)) > _FAR
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # only where it is far
+        expected = np.sum(p * difference, axis=-1, dtype=np.float64)
+        grown = np.sum(p * np.expm1(difference), axis=-1, dtype=np.float64)
+        divergence = np.log1p(grown) - expected
+    for position in map(tuple, np.argwhere(far)):
+        before = logits[position].astype(np.float64)
+        log_p, log_q = _log_softmax(before), _log_softmax(before + difference[position])
+        divergence[position] = np.exp(log_p) @ (log_p - log_q)
+    return float(np.mean(divergence))
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    below = logits - logits.max()
+    found: NDArray[np.float64] = below - np.log(np.exp(below).sum())
+    return found

@@ -16,7 +16,14 @@ from converters.ops import Embedding, Rows
 from converters.quantize.fisher import estimate_costs, see_gradients, use_count
 from converters.quantize.importance import random_token_importance
 from converters.quantize.scheme import SCHEMES
-from converters.quantize.sensitivity import QuantizedRows, measure_sensitivity, scheme_error, segment_count, stacks
+from converters.quantize.sensitivity import (
+    QuantizedRows,
+    mean_kl,
+    measure_sensitivity,
+    scheme_error,
+    segment_count,
+    stacks,
+)
 from converters.quantize.tensor import F32
 from tests.converters.arrays import ArraySource
 from tests.exporters.tiny_graphs import BASE, VOCAB, longrope, random_graph
@@ -35,7 +42,7 @@ def quantized(graph: Graph, scheme: str) -> Graph:
     return graph.map_weights(lambda w: replace(w, scheme=SCHEMES[scheme]) if len(w.shape) == 2 else w)
 
 
-def log_softmax(logits: F32) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
@@ -120,6 +127,33 @@ def test_the_estimate_foresees_what_is_measured() -> None:
     assert sum(steps) == use_count(graph)
     for names, kl in measure_sensitivity(graph, ids, {}).items():
         assert sum(costs[name][0] for name in names) == pytest.approx(kl, rel=0.5), names
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [[0, 0, 0], [1e-4, -2e-4, 0], [1, -2, 0.5], [0, 100, 0], [0, 0, 300], [-50, 0, 0], [-20, -20, -20], [0, 3e38, -1]],
+    ids=str,
+)
+def test_kl_of_any_finite_logits(difference: list[float]) -> None:
+    logits = np.array([[0, -20, -200], [3, 2, 1]], np.float32)
+    changed = logits.astype(np.float64) + np.array(difference, np.float32)
+    log_p, log_q = log_softmax(logits), log_softmax(changed)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
+    given = np.broadcast_to(np.array(difference, np.float32), logits.shape)
+    found = mean_kl(np.exp(log_p).astype(np.float32), logits, given)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
+def test_a_stack_that_makes_nonsense_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = quantized(random_graph(MODELS["fused"]), "int4_g32")
+    nothing = np.full((VOCAB, 64), np.nan, np.float32)
+
+    def read(rows: QuantizedRows, where: slice) -> F32:
+        return nothing[where] if rows.weight.name == "lm_head" else WeightRows(rows.weight)[where]
+
+    monkeypatch.setattr(QuantizedRows, "__getitem__", read)
+    with pytest.raises(ModelError, match=r"no finite values.*logits with lm_head quantized"):
+        measure_sensitivity(graph, IDS, {})
 
 
 def test_nonsense_is_refused() -> None:
