@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,22 @@ from converters.quantize.tensor import QuantTensor
 _PARTS = ("codes", "scale", "zero")
 
 
-@dataclass(frozen=True, slots=True)
 class CodeStore:
     """A folder of quantized matrices; `bits` of each, by weight name. Blocks of rows are read without the rest."""
 
-    folder: Path
-    bits: dict[str, int] = field(default_factory=dict)
+    def __init__(self, folder: Path, bits: dict[str, int] | None = None) -> None:
+        self.folder = folder
+        self.bits: dict[str, int] = {} if bits is None else bits
 
     def __contains__(self, name: str) -> bool:
         return name in self.bits
 
     def put(self, name: str, tensor: QuantTensor) -> None:
-        """Keep a whole matrix."""
+        """Keep a whole matrix, in place of the one that had its name."""
         for part, array in zip(_PARTS, (tensor.codes, tensor.scale, tensor.zero), strict=True):
-            if array is not None:
+            if array is None:
+                self._path(name, part).unlink(missing_ok=True)
+            else:
                 np.save(self._path(name, part), array)
         self.bits[name] = tensor.bits
 
