@@ -25,7 +25,8 @@ class Scheme:
 
     `group_size` counts input-axis elements that share one scale: None for floats, 0 for one scale per output channel
     (the whole row). An integer scheme stores `value = scale * (code - zero)`, zero = 2**(bits-1) when symmetric. A GGML
-    scheme stores what its block type says (converters.quantize.ggml); there `group_size` is the values in a block.
+    scheme stores what its block type says (converters.quantize.ggml); there `group_size` is the values in a block, and
+    `block_nbytes` what they take (ggml-common.h).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Scheme:
     bits: int
     symmetric: bool = True
     group_size: int | None = None
+    block_nbytes: int | None = None
 
     @property
     def is_integer(self) -> bool:
@@ -53,8 +55,8 @@ def _int(name: str, bits: int, group_size: int, symmetric: bool = True) -> Schem
     return Scheme(name, NumberType.INT, bits, symmetric, group_size)
 
 
-def _ggml(name: str, bits: int, block: int, symmetric: bool = True) -> Scheme:
-    return Scheme(name, NumberType.GGML, bits, symmetric, block)
+def _ggml(name: str, bits: int, block: int, nbytes: int, symmetric: bool = True) -> Scheme:
+    return Scheme(name, NumberType.GGML, bits, symmetric, block, nbytes)
 
 
 FP32 = Scheme("fp32", NumberType.FLOAT, 32)
@@ -75,36 +77,19 @@ SCHEMES: dict[str, Scheme] = {
         _int("int4_asym_g32", 4, 32, symmetric=False),
         _int("int4_asym_g64", 4, 64, symmetric=False),
         _int("int4_asym_g128", 4, 128, symmetric=False),
-        _ggml("q4_0", 4, 32),
-        _ggml("q4_1", 4, 32, symmetric=False),
-        _ggml("q5_0", 5, 32),
-        _ggml("q5_1", 5, 32, symmetric=False),
-        _ggml("q8_0", 8, 32),
-        _ggml("iq4_nl", 4, 32),
-        _ggml("iq4_xs", 4, 256),
-        _ggml("q2_k", 2, 256, symmetric=False),
-        _ggml("q3_k", 3, 256),
-        _ggml("q4_k", 4, 256, symmetric=False),
-        _ggml("q5_k", 5, 256, symmetric=False),
-        _ggml("q6_k", 6, 256),
+        _ggml("q4_0", 4, 32, 18),
+        _ggml("q4_1", 4, 32, 20, symmetric=False),
+        _ggml("q5_0", 5, 32, 22),
+        _ggml("q5_1", 5, 32, 24, symmetric=False),
+        _ggml("q8_0", 8, 32, 34),
+        _ggml("iq4_nl", 4, 32, 18),
+        _ggml("iq4_xs", 4, 256, 136),
+        _ggml("q2_k", 2, 256, 84, symmetric=False),
+        _ggml("q3_k", 3, 256, 110),
+        _ggml("q4_k", 4, 256, 144, symmetric=False),
+        _ggml("q5_k", 5, 256, 176, symmetric=False),
+        _ggml("q6_k", 6, 256, 210),
     )
-}
-
-
-# Bytes of a block of GGML's types, by scheme (ggml-common.h).
-_GGML_BLOCK_NBYTES = {
-    "q4_0": 18,
-    "q4_1": 20,
-    "q5_0": 22,
-    "q5_1": 24,
-    "q8_0": 34,
-    "iq4_nl": 18,
-    "iq4_xs": 136,
-    "q2_k": 84,
-    "q3_k": 110,
-    "q4_k": 144,
-    "q5_k": 176,
-    "q6_k": 210,
 }
 
 
@@ -115,8 +100,8 @@ def stored_bits(scheme: Scheme, row: int) -> float:
     """
     if not scheme.is_quantized:
         return scheme.bits
-    if scheme.type is NumberType.GGML:
-        return _GGML_BLOCK_NBYTES[scheme.name] * 8 / scheme.group_size_for(row)
+    if scheme.block_nbytes is not None:
+        return scheme.block_nbytes * 8 / scheme.group_size_for(row)
     return scheme.bits + (16 + (0 if scheme.symmetric else scheme.bits)) / scheme.group_size_for(row)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.errors import UsageError
-from converters.quantize.scheme import FP16, SCHEMES, NumberType, resolve_scheme, scheme_named
+from converters.quantize.scheme import FP16, SCHEMES, NumberType, resolve_scheme, scheme_named, stored_bits
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,31 @@ from converters.quantize.scheme import FP16, SCHEMES, NumberType, resolve_scheme
 )
 def test_rule(name: str, row: int, resolved: str) -> None:
     assert resolve_scheme(SCHEMES[name], row) == SCHEMES.get(resolved, FP16)
+
+
+def test_blocks_have_the_sizes_of_gguf() -> None:
+    for scheme in SCHEMES.values():
+        if scheme.type is NumberType.GGML:
+            sizes = GGML_QUANT_SIZES[GGMLQuantizationType[scheme.name.upper()]]
+            assert sizes == (scheme.group_size, scheme.block_nbytes), scheme.name
+        else:
+            assert scheme.block_nbytes is None
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("fp16", 16),
+        ("int8_channel", 8 + 16 / 512),
+        ("int4_g32", 4.5),
+        ("int4_asym_g64", 4 + 20 / 64),
+        ("q4_0", 4.5),
+        ("q6_k", 6.5625),
+        ("iq4_xs", 4.25),
+    ],
+)
+def test_stored_bits(name: str, bits: float) -> None:
+    assert stored_bits(SCHEMES[name], 512) == bits
 
 
 def test_unknown_name_lists_the_presets() -> None:
