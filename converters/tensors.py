@@ -17,7 +17,7 @@ class TensorTable:
         self.dropped: dict[str, str] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> LazyTensor:
-        """The tensor of that name; ModelError if it is missing, misshapen or was taken before."""
+        """The tensor of that name; ModelError if it is missing or misshapen. To be taken once."""
         if name not in self._tensors:
             raise ModelError(
                 "tensor missing in the checkpoint",

@@ -6,7 +6,8 @@ weight becomes s * clip(floor(w / s) + h(v)) with the rectified sigmoid h(v) = c
 1 - |2 h - 1|^b, in which b falls from 20 to 2, so that every h ends at 0 or 1. For the first fifth of the steps there
 is none. Scales stay what they are.
 
-- w is the anchor of refinement.py, so that it starts from any codes: each stays, or moves by one to the weight's side.
+- w is the anchor of refinement.py, so that it starts from any codes: each stays, or moves by one to the weight's side;
+  at an end of the range, to the only side there is.
 - The error of a row counts in units of its mean s^2 H_jj. The paper's error is of any size, its regularizer is not, so
   that one weight of it means something else for each layer.
 - A row that ends worse than it started, once all are rounded, stays what it was.
@@ -17,10 +18,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from converters.quantize.refinement import Rows, losses, rows_of
-from converters.quantize.rtn import lowest_code
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.refinement import Rows, refine
 from converters.quantize.scheme import Scheme
-from converters.quantize.tensor import F32, U8, QuantTensor
+from converters.quantize.tensor import F32, QuantTensor
 
 ADAROUND_STEPS = 500
 _RATE = 0.03  # of Adam
@@ -41,23 +42,18 @@ def refine_adaround(
     hessian: f32[in, in], H with what damps it. start: quantized to the integer scheme. steps: each takes a product of
     the matrix with H. No row of what is returned costs more than in `start`.
     """
-    codes = start.codes.copy()
-    diagonal = np.diagonal(hessian)
-    for where, rows in rows_of(target, start):
-        found = _descend(rows, hessian, diagonal, scheme, steps)
-        codes[where] = found
-    return QuantTensor(codes, start.scale, start.zero, start.bits)
+    grid = IntegerGrid.of(scheme)
+    return refine(target, hessian, start, lambda rows: (_descend(rows, grid, steps), rows.scale))
 
 
-def _descend(rows: Rows, hessian: F32, diagonal: F32, scheme: Scheme, steps: int) -> U8:
-    """u8[n, in]: better codes, or the rows' own."""
+def _descend(rows: Rows, grid: IntegerGrid, steps: int) -> F32:
+    """f32[n, in]: the codes that are reached."""
     size = rows.target.shape[1] // rows.scale.shape[1]
     scale, zero = np.repeat(rows.scale, size, axis=1), np.repeat(rows.zero, size, axis=1)
-    low, top = lowest_code(scheme), (1 << scheme.bits) - 1
-    floor = np.clip(np.floor(rows.anchor), low - zero, top - 1 - zero)
+    floor = np.clip(np.floor(rows.anchor), grid.low - zero, grid.top - 1 - zero)
     up = np.clip(rows.anchor - floor, 0.01, 0.99)  # at 0 and 1 there is no gradient
     logit = np.log((up + _BEYOND) / (_ONE + _BEYOND - up))
-    units = np.mean(np.square(scale) * diagonal, axis=1)
+    units = np.mean(np.square(scale) * np.diagonal(rows.hessian), axis=1)
     unit = np.divide(1, units, out=np.zeros_like(units), where=units > 0)
     mean, square = np.zeros_like(logit), np.zeros_like(logit)
     error = rows.target - scale * (floor + up)
@@ -67,13 +63,9 @@ def _descend(rows: Rows, hessian: F32, diagonal: F32, scheme: Scheme, steps: int
         power = _FIRST_POWER + (_LAST_POWER - _FIRST_POWER) * max(done - _WARM, 0) / (1 - _WARM)
         rate, debias = _RATE / (1 - _MEAN ** (step + 1)), 1 / (1 - _SQUARE ** (step + 1))
         scalars = np.array([weight, power, rate, debias], np.float32)
-        _step(rows.target, floor, scale, unit, error @ hessian, scalars, logit, up, mean, square, error)
-    rounded = floor + (up >= 0.5)
-    np.subtract(rows.target, scale * rounded, out=error)
-    before = rows.target - scale * (rows.codes - zero)
-    better = losses(error, error @ hessian) < losses(before, before @ hessian)
-    found: U8 = np.where(better[:, None], rounded + zero, rows.codes).astype(np.uint8)
-    return found
+        _step(rows.target, floor, scale, unit, rows.product(error), scalars, logit, up, mean, square, error)
+    codes: F32 = floor + (up >= 0.5) + zero
+    return codes
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -34,9 +34,10 @@ from numpy.typing import NDArray
 
 from converters.arrays import products
 from converters.quantize.gptq_kernels import quantize_columns, sweep_columns
-from converters.quantize.half import to_fp16
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.half import scales_to_fp16
 from converters.quantize.refinement import Refine
-from converters.quantize.rtn import choose_scales, lowest_code
+from converters.quantize.rtn import choose_scales
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import F32, U8, QuantTensor
 
@@ -107,16 +108,14 @@ class _State:
     target f32[in, out], codes u8[in, out], error f32[in, out] = target - value, scale and zero f32[groups, out].
     """
 
-    __slots__ = ("codes", "error", "group", "low", "scale", "scheme", "size", "split", "target", "top", "zero")
+    __slots__ = ("codes", "error", "grid", "group", "scale", "scheme", "size", "target", "zero")
 
     def __init__(self, target: F32, scheme: Scheme) -> None:
         width, rows = target.shape
         self.scheme, self.target = scheme, target
         self.group = scheme.group_size_for(width)
         self.size = self.group if self.group <= _BLOCK else gcd(self.group, _BLOCK)  # columns of a block
-        self.low, self.top = lowest_code(scheme), (1 << scheme.bits) - 1
-        # Splitting a float32 by 2**b + 1 leaves 24 - b bits: fp16's 11, or the 7 of an asymmetric scale.
-        self.split = float(2**13 + 1 if scheme.symmetric else 2**17 + 1)
+        self.grid = IntegerGrid.of(scheme)
         self.codes: U8 = np.empty((width, rows), np.uint8)
         self.error: F32 = np.empty((width, rows), np.float32)
         self.scale: F32 = np.empty((width // self.group, rows), np.float32)
@@ -129,8 +128,8 @@ class _State:
         self.scale, self.zero = self.scale[groups], self.zero[groups]
 
     def tensor(self) -> QuantTensor:
-        scale = to_fp16(np.ascontiguousarray(self.scale.T), self.target)
         zero = None if self.scheme.symmetric else np.ascontiguousarray(self.zero.T).astype(np.uint8)
+        scale = scales_to_fp16(np.ascontiguousarray(self.scale.T), zero, self.target)
         return QuantTensor(np.ascontiguousarray(self.codes.T), scale, zero, self.scheme.bits)
 
 
@@ -254,9 +253,9 @@ def _quantize_group(state: _State, start: int, carried: F32, feedback: F32, cost
             state.scale[number],
             state.zero[number],
             factors,
-            state.split,
-            state.low,
-            state.top,
+            state.grid.split,
+            state.grid.low,
+            state.grid.top,
             state.codes[there],
             state.error[there],
         )
@@ -290,9 +289,9 @@ def _sweep_block(state: _State, block: slice, gradient: F32, hessian: F32, damp:
         hessian + np.diag(damp),
         state.scale[group],
         state.zero[group],
-        state.split,
-        state.low,
-        state.top,
+        state.grid.split,
+        state.grid.low,
+        state.grid.top,
         _PASSES,
         state.size == state.group,
         state.codes[block],

@@ -14,9 +14,7 @@ from converters.quantize.tensor import F32, U8
 
 LANES = 64  # rows in a tile
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds below 2**22 to an integer, half to even
-_MOST = np.float32(65504)  # the largest fp16
-_NORMAL = np.float32(2**-14)  # the smallest normal fp16; below it the numbers are 2**-24 apart
-_SUBNORMAL = np.float32(0.75)  # float32 numbers around it are 2**-24 apart
+_MOST, _NORMAL, _SUBNORMAL = np.float32(65504), np.float32(2**-14), np.float32(0.75)  # see grid.py
 _HALF = np.float32(0.501)  # a code moves if that pays by more than the rounding errors of the sums
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
@@ -68,7 +66,7 @@ def quantize_columns(
             least[:] = np.inf
             for factor in factors:
                 for lane in range(LANES):
-                    s[lane] = on_grid(first[lane] * factor, split)
+                    s[lane] = _on_grid(first[lane] * factor, split)
                 _round_in_turn(x, w, feedback, cost, s, z, low, top, v, e, loss)
                 for lane in range(LANES):
                     best[lane] = s[lane] if loss[lane] < least[lane] else best[lane]
@@ -217,7 +215,7 @@ def _refit(p: F32, v: F32, hessian: F32, split: float, s: F32) -> int:  # pragma
             square[lane] += v[k, lane] * t[lane]
     changed = 0
     for lane in range(LANES):
-        found = on_grid(s[lane] + (product[lane] / square[lane] if square[lane] > 0 else _ZERO), split)
+        found = _on_grid(s[lane] + (product[lane] / square[lane] if square[lane] > 0 else _ZERO), split)
         step = found - s[lane]
         pays = step != 0 and found != 0 and step * (_TWO * product[lane] - step * square[lane]) > 0
         move[lane] = step if pays else _ZERO
@@ -231,8 +229,8 @@ def _refit(p: F32, v: F32, hessian: F32, split: float, s: F32) -> int:  # pragma
 
 
 @njit(cache=True, nogil=True)
-def on_grid(scale: np.float32, split: float) -> np.float32:  # pragma: no cover
-    """The nearest fp16 scale, of 24 - b significant bits where split = 2**b + 1 (Veltkamp's split); 0 if too large."""
+def _on_grid(scale: np.float32, split: float) -> np.float32:  # pragma: no cover
+    """IntegerGrid.nearest of one scale."""
     large = scale * np.float32(split)
     rounded = large - (large - scale)
     if abs(rounded) < _NORMAL:

@@ -27,7 +27,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from converters.quantize.half import to_fp16
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.half import scales_to_fp16
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.rtn_search import round_codes
 from converters.quantize.scheme import Scheme
@@ -38,9 +39,7 @@ NORM = 0.7  # p
 _BETA, _GROWTH = 10.0, 1.01  # of beta, a round
 _ROUNDS = 20  # at most
 _ROUND = np.float32(12582912.0)  # see rtn_search.py
-# Dekker 1971: multiplied by 2**n + 1, a float32 gives up all but its 24 - n leading bits.
-_SEVEN_BITS = np.float32((1 << 17) + 1)  # so that scale * zero, zero < 16, is exact in fp16
-_FP16_BITS = np.float32((1 << 13) + 1)
+_MOST, _NORMAL, _SUBNORMAL = np.float32(65504), np.float32(2**-14), np.float32(0.75)  # see grid.py
 
 
 def quantize_hqq(weight: F32, scheme: Scheme, importance: F32 | None = None, norm: float = NORM) -> QuantTensor:
@@ -56,20 +55,23 @@ def quantize_hqq(weight: F32, scheme: Scheme, importance: F32 | None = None, nor
     counts = (
         np.ones(weight.shape[1], np.float32) if importance is None else np.ascontiguousarray(importance, np.float32)
     )
-    low = 1 if scheme.symmetric and scheme.bits == 8 else 0  # as in rtn.py
-    top = (1 << scheme.bits) - 1
+    grid, by_columns = IntegerGrid.of(scheme), counts.reshape(groups.shape[1:])
     scale, zero = start.scale.astype(np.float32), np.ascontiguousarray(start.zeros())
-    _refine(groups, counts.reshape(groups.shape[1:]), scale, zero, low, top, scheme.symmetric, np.float32(norm))
-    stored = to_fp16(scale, weight)
-    codes = round_codes(groups, stored.astype(np.float32), zero, low, top)
-    return QuantTensor(codes.reshape(weight.shape), stored, None if scheme.symmetric else zero, scheme.bits)
+    _refine(groups, by_columns, scale, zero, grid.low, grid.top, scheme.symmetric, np.float32(norm), grid.split)
+    own = None if scheme.symmetric else zero
+    stored = scales_to_fp16(scale, own, weight)
+    codes = round_codes(groups, stored.astype(np.float32), zero, grid.low, grid.top)
+    return QuantTensor(codes.reshape(weight.shape), stored, own, scheme.bits)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _refine(
-    groups: F32, counts: F32, scale: F32, zero: U8, low: int, top: int, symmetric: bool, norm: np.float32
+    groups: F32, counts: F32, scale: F32, zero: U8, low: int, top: int, symmetric: bool, norm: np.float32, split: float
 ) -> None:  # pragma: no cover
-    """Improve scale f32[rows, m] and zero u8[rows, m] of groups f32[rows, m, size] where they lie."""
+    """Improve scale f32[rows, m] and zero u8[rows, m] of groups f32[rows, m, size] where they lie.
+
+    split: that of the grid (grid.py).
+    """
     rows, m, _ = groups.shape
     least, most = np.float32(low), np.float32(top)
     for row in range(rows):
@@ -81,8 +83,8 @@ def _refine(
             error = _error(w, count, step, shift, least, most, norm)
             beta = np.float32(_BETA)
             for _ in range(_ROUNDS):
-                step, shift = _fit(w, count, step, shift, least, most, symmetric, norm, beta)
-                if step == 0 or not np.isfinite(step):
+                step, shift = _fit(w, count, step, shift, least, most, symmetric, norm, beta, split)
+                if step == 0:
                     break
                 reached = _error(w, count, step, shift, least, most, norm)
                 if not reached < error:
@@ -102,8 +104,10 @@ def _fit(
     symmetric: bool,
     norm: np.float32,
     beta: np.float32,
+    split: float,
 ) -> tuple[np.float32, np.float32]:  # pragma: no cover
-    """The next scale and zero of a group: both of the method's steps. Scale 0 where least squares has none."""
+    """The next scale and zero of a group: both of the method's steps. Scale 0 where least squares has none that fp16
+    can hold."""
     inverse = np.float32(1) / step
     if not symmetric:
         total, mean = np.float32(0), np.float32(0)
@@ -122,9 +126,17 @@ def _fit(
         square += count[j] * (u * u)
     if not (square > 0 and (symmetric or product > 0)):
         return np.float32(0), shift
-    fitted = step * (product / square)
-    parts = fitted * (_FP16_BITS if symmetric else _SEVEN_BITS)
-    return parts - (parts - fitted), min(max(moved, least), most)
+    return _on_grid(step * (product / square), split), min(max(moved, least), most)
+
+
+@njit(cache=True, nogil=True)
+def _on_grid(scale: np.float32, split: float) -> np.float32:  # pragma: no cover
+    """IntegerGrid.nearest of one scale."""
+    large = scale * np.float32(split)
+    rounded = large - (large - scale)
+    if abs(rounded) < _NORMAL:
+        rounded = (rounded + _SUBNORMAL) - _SUBNORMAL
+    return rounded if abs(rounded) <= _MOST else np.float32(0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

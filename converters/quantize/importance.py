@@ -36,17 +36,19 @@ def importance_of(square: NDArray[np.floating]) -> F32:
 
 def importance_at(node: Node, square: NDArray[np.floating], read: str) -> F32:
     """Importance f32[in] of the columns that come into a node. ModelError names it if their mean squares
-    are not finite; `read` is what the model was shown."""
+    are not finite in float32; `read` is what the model was shown."""
     _require_finite(node, square, read)
     return importance_of(square)
 
 
 def _require_finite(node: Node, square: NDArray[np.floating], read: str) -> None:
-    if not np.isfinite(square).all():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(square.astype(np.float32)).all()
+    if not finite:
         raise ModelError(
             f"the model computes no finite values on {read}",
             where=f"input of {node.name}",
-            found="NaN or Inf",
+            found="NaN, Inf or squares beyond float32",
             mend="The checkpoint is damaged: download it again or use another.",
         )
 

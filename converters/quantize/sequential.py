@@ -106,11 +106,11 @@ def quantize_sequentially(
 ) -> dict[str, F32]:
     """Fit every fittable matrix on token_ids i64[sequences, length]; none without `fit`.
 
-    Returns the importance f32[in] of every Linear's columns, by weight name, for weights that are not fitted. `advance`
-    is called with the number of elements of each matrix that is done, `observe` with every Linear that is not fitted
-    and the mean squares f64[in] of its inputs. Values lie in `store`, one of its own if there is none. `reached` is
-    shown the progress after each block, which must be done with it when it returns; `begin` is such a progress, its
-    values in the store, from which to go on: whoever kept it has what was fitted by then.
+    Returns the importance f32[in] of the columns of every matrix of a Linear, by name, fitted or not. `advance` is
+    called with the number of elements of a Linear's matrices when all of them are done, `observe` with every Linear
+    that is not fitted and the mean squares f64[in] of its inputs. Values lie in `store`, one of its own if there is
+    none. `reached` is shown the progress after each block, which must be done with it when it returns; `begin` is such
+    a progress, its values in the store, from which to go on: whoever kept it has what was fitted by then.
 
     ModelError names the node where the model's values are not finite; OSError if the store's disk is full.
     """

@@ -17,10 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from converters.quantize.gptq_kernels import on_grid
-from converters.quantize.half import to_fp16
-from converters.quantize.refinement import Rows, losses, rows_of
-from converters.quantize.rtn import lowest_code
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.refinement import Rows, losses, refine
 from converters.quantize.scheme import Scheme
 from converters.quantize.tensor import F32, QuantTensor
 
@@ -37,29 +35,25 @@ def refine_signround(
     hessian: f32[in, in], H with what damps it. start: quantized to the integer scheme. steps: each takes a product of
     the matrix with H. No row of what is returned costs more than in `start`.
     """
-    codes, scale = start.codes.copy(), start.scale.copy()
-    for where, rows in rows_of(target, start):
-        found, factors = _descend(rows, hessian, scheme, steps)
-        codes[where] = found
-        scale[where] = to_fp16(factors, rows.target)
-    return QuantTensor(codes, scale, start.zero, start.bits)
+    grid = IntegerGrid.of(scheme)
+    return refine(target, hessian, start, lambda rows: _descend(rows, grid, steps))
 
 
-def _descend(rows: Rows, hessian: F32, scheme: Scheme, steps: int) -> tuple[F32, F32]:
+def _descend(rows: Rows, grid: IntegerGrid, steps: int) -> tuple[F32, F32]:
     """The best codes f32[n, in] and scales f32[n, groups] that were met."""
-    low, top = np.float32(lowest_code(scheme)), np.float32((1 << scheme.bits) - 1)
-    split = float(2**13 + 1 if scheme.symmetric else 2**17 + 1)  # as in gptq.py
+    low, top = np.float32(grid.low), np.float32(grid.top)
     shift, factor = np.zeros_like(rows.anchor), np.ones_like(rows.scale)
-    codes, scale, error = rows.codes.copy(), rows.scale.copy(), np.empty_like(rows.target)
+    codes, scale, error = rows.codes.copy(), rows.scale, np.empty_like(rows.target)
     best, best_scale = rows.codes.copy(), rows.scale.copy()
-    _round(rows.target, rows.anchor, shift, factor, rows.scale, rows.zero, low, top, split, codes, scale, error)
-    product = error @ hessian
+    _round(rows.target, rows.anchor, shift, rows.scale, scale, rows.zero, low, top, codes, error)
+    product = rows.product(error)
     least = losses(error, product)
     for step in range(steps):
         rate = np.float32((1 - step / steps) / steps)
         _step(product, rows.anchor, codes, rows.zero, rows.scale, scale, low, top, rate, shift, factor)
-        _round(rows.target, rows.anchor, shift, factor, rows.scale, rows.zero, low, top, split, codes, scale, error)
-        product = error @ hessian
+        scale = grid.nearest(rows.scale * factor)
+        _round(rows.target, rows.anchor, shift, rows.scale, scale, rows.zero, low, top, codes, error)
+        product = rows.product(error)
         loss = losses(error, product)
         better = loss < least
         least[better], best[better], best_scale[better] = loss[better], codes[better], scale[better]
@@ -71,25 +65,21 @@ def _round(
     target: F32,
     anchor: F32,
     shift: F32,
-    factor: F32,
     first: F32,
+    scale: F32,
     zero: F32,
     low: np.float32,
     top: np.float32,
-    split: float,
     codes: F32,
-    scale: F32,
     error: F32,
 ) -> None:  # pragma: no cover
-    """Write what shifts and factors come to: codes, scales on the grid and errors."""
+    """Write what shifts and scales, of which `first` are those of the anchor, come to: codes and errors."""
     rows, groups = first.shape
     size = target.shape[1] // groups
     for i in range(rows):
         for g in range(groups):
-            s = on_grid(first[i, g] * factor[i, g], split)
-            scale[i, g] = s
+            s, z = scale[i, g], zero[i, g]
             ratio = first[i, g] / s if s != 0 else _ZERO
-            z = zero[i, g]
             for j in range(g * size, (g + 1) * size):
                 x = (anchor[i, j] * ratio + shift[i, j] + _ROUND) - _ROUND
                 x = min(max(x, low - z), top - z)

@@ -22,8 +22,9 @@ class QuantTensor:
     scale: f16[out, groups], may be negative; groups run along the input axis, in/groups elements each
     zero:  u8[out, groups], or None for 2**(bits-1)
 
-    For asymmetric tensors the quantizer keeps `scale * zero` exact in fp16 (scales of 7 significant bits), so that
-    containers that store a minimum or a bias (Q4_1, MLX) hold the same numbers as those that store the zero.
+    For asymmetric tensors the quantizer keeps `scale * zero` exact in fp16 (scales of 7 significant bits), and refuses
+    weights for which that overflows, so that containers that store a minimum or a bias (Q4_1, MLX) hold the same
+    numbers as those that store the zero.
     """
 
     codes: U8

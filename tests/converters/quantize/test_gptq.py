@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from converters.quantize.gptq import factorize, quantize_gptq
-from converters.quantize.rtn import choose_scales, lowest_code, quantize_rtn
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.rtn import choose_scales, quantize_rtn
 from converters.quantize.scheme import SCHEMES, NumberType, Scheme
 from converters.quantize.tensor import F32, QuantTensor
 
@@ -86,7 +87,7 @@ def naive_gptq(weight: F32, hessian: F32, scheme: Scheme) -> tuple[np.ndarray, n
             tried, spent, found = work.copy(), np.zeros(rows), np.zeros((rows, group), int)
             for j in range(start, stop):
                 inverted = np.divide(1, scale, out=np.zeros(rows), where=scale != 0)
-                code = np.clip(np.rint(tried[:, j] * inverted) + zero, lowest_code(scheme), top)
+                code = np.clip(np.rint(tried[:, j] * inverted) + zero, IntegerGrid.of(scheme).low, top)
                 error = (tried[:, j] - scale * (code - zero)) / upper[j, j]
                 tried[:, j:] -= error[:, None] * upper[j, j:]
                 found[:, j - start] = code
@@ -169,7 +170,7 @@ def test_scales_and_codes_are_stored_as_by_rounding(scheme: Scheme) -> None:
         other = quantize_rtn(weight * np.float32(size), scheme)
         assert (tensor.scale.dtype, tensor.scale.shape) == (other.scale.dtype, other.scale.shape)
         assert (tensor.codes.dtype, tensor.codes.shape) == (other.codes.dtype, other.codes.shape)
-        assert tensor.codes.min() >= lowest_code(scheme) and tensor.codes.max() < 1 << scheme.bits
+        assert tensor.codes.min() >= IntegerGrid.of(scheme).low and tensor.codes.max() < 1 << scheme.bits
         assert (tensor.zero is None) == scheme.symmetric
         if not scheme.symmetric:
             minimum = tensor.scale.astype(np.float32) * tensor.zeros().astype(np.float32)

@@ -99,13 +99,16 @@ def test_equals_the_naive_loop(name: str, weighted: bool) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scheme", INTEGER, ids=lambda scheme: scheme.name)
-def test_no_group_gets_worse_and_many_better(scheme: Scheme, weighted: bool) -> None:
-    weight = heavy(64, 512, 2)
+@pytest.mark.parametrize("size", [1, 1e-2, 1e-4, 2e-5], ids=str)
+def test_no_group_gets_worse_and_many_better(scheme: Scheme, weighted: bool, size: float) -> None:
+    """Also where scales are fp16's subnormal numbers, of which there are few."""
+    weight = heavy(64, 512, 2) * np.float32(size)
     importance = importance_like_a_models(512) if weighted else None
     before = lp_error(quantize_rtn(weight, scheme, importance), weight, importance)
     after = lp_error(quantize_hqq(weight, scheme, importance), weight, importance)
     assert (after <= before * 1.00001).all()
-    assert after.sum() < before.sum() and (after < before * 0.9995).mean() > 0.02
+    if size == 1:
+        assert after.sum() < before.sum() and (after < before * 0.9995).mean() > 0.02
 
 
 def test_steps_do_not_depend_on_magnitude() -> None:
@@ -128,9 +131,13 @@ def test_blocks_of_rows_do_not_matter(scheme: Scheme) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(hnp.arrays(np.float32, (2, 128), elements=st.floats(-100, 100, width=32)), st.sampled_from(INTEGER))
+@given(hnp.arrays(np.float32, (2, 128), elements=st.floats(-2e5, 2e5, width=32)), st.sampled_from(INTEGER))
 def test_codes_and_scales_are_legal(weight: F32, scheme: Scheme) -> None:
-    tensor = quantize_hqq(weight, scheme)
+    try:
+        tensor = quantize_hqq(weight, scheme)
+    except OverflowError:
+        assert np.abs(weight).max() > 6e4
+        return
     assert np.isfinite(tensor.scale).all()
     assert tensor.codes.min() >= (1 if scheme.symmetric and scheme.bits == 8 else 0)
     assert tensor.codes.max() < 1 << scheme.bits

@@ -11,7 +11,7 @@ import transformers
 
 from converters.errors import ModelError
 from converters.load import load_graph
-from converters.quantize.importance import random_token_importance
+from converters.quantize.importance import importance_at, random_token_importance
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import SCHEMES
 from tests.converters.tiny_models import make_checkpoint
@@ -73,6 +73,13 @@ def test_a_model_without_finite_values_is_named(tmp_path: Path) -> None:
         file.write(np.float32(np.nan).tobytes()[2:] * broken.shape[1])  # a row of bf16 NaN
     with pytest.raises(ModelError, match=r"no finite values.*input of blocks\.1\.mlp_out"):
         random_token_importance(graph, 4, 0)
+
+
+@pytest.mark.parametrize("square", [1e39, np.inf, np.nan])
+def test_squares_beyond_float32_are_named(tmp_path: Path, square: float) -> None:
+    node = load_graph(make_checkpoint("phi3_medium_gqa", tmp_path)).nodes[-1]
+    with pytest.raises(ModelError, match=r"on text .*input of logits.*beyond float32"):
+        importance_at(node, np.array([square, 1]), "text")
 
 
 def test_a_pruned_layer_has_columns_that_count_alike(tmp_path: Path) -> None:

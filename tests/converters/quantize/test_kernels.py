@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
+
 import ml_dtypes
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 from numpy.typing import NDArray
 
+from converters import quantize
 from converters.quantize.kernels import dequantize_codes, widen
 from converters.quantize.tensor import FloatArray
 
@@ -41,3 +46,17 @@ def test_values_are_scale_times_code_minus_zero() -> None:
     values = dequantize_codes(codes, scale, zero)
     np.testing.assert_array_equal(values, expected)
     assert not np.signbit(values[values == 0]).any(), "no -0, which containers would not agree on"
+
+
+def test_kernels_call_none_of_another_file() -> None:
+    """numba's cache looks for changes in a kernel's own file only."""
+    modules = [import_module(found.name) for found in pkgutil.walk_packages(quantize.__path__, f"{quantize.__name__}.")]
+    kernels = {kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, Dispatcher)}
+    assert len(kernels) > 50
+    for kernel in kernels:
+        function = kernel.py_func
+        called = {function.__globals__.get(name) for name in function.__code__.co_names}
+        elsewhere = [
+            each.py_func.__qualname__ for each in called & kernels if each.py_func.__module__ != function.__module__
+        ]
+        assert not elsewhere, f"{function.__module__}.{function.__qualname__} calls {elsewhere}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
+from converters.arrays import NumpyProducts, computing_by
 from converters.quantize import refinement
 from converters.quantize.adaround import refine_adaround
 from converters.quantize.gptq import quantize_gptq
-from converters.quantize.refinement import Refine
-from converters.quantize.rtn import lowest_code, quantize_rtn
+from converters.quantize.grid import IntegerGrid
+from converters.quantize.refinement import Refine, Rows
+from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import SCHEMES, NumberType, Scheme
 from converters.quantize.signround import refine_signround
 from converters.quantize.tensor import F32, QuantTensor
@@ -142,7 +145,7 @@ def test_no_row_gets_worse(refine: Refine, scheme: Scheme) -> None:
         before, after = losses(weight, start, x), losses(weight, refined, x)
         assert (after <= before * (1 + 1e-5)).all()
         assert after.sum() <= most * before.sum()
-        assert refined.codes.min() >= lowest_code(scheme) and refined.codes.max() < 1 << scheme.bits
+        assert refined.codes.min() >= IntegerGrid.of(scheme).low and refined.codes.max() < 1 << scheme.bits
         assert (refined.codes.dtype, refined.scale.dtype) == (start.codes.dtype, start.scale.dtype)
         assert (refined.zero is None) == scheme.symmetric
         minimum = refined.scale.astype(np.float32) * refined.zeros().astype(np.float32)
@@ -194,6 +197,45 @@ def test_refines_what_gptq_is_to_reach() -> None:
     quantize_gptq(weight, hessian, INT4, cross, refine=refine)
     quantize_gptq(weight, hessian, SCHEMES["int8_g32"], cross, refine=refine)
     assert told == [INT4]
+
+
+@BOTH
+def test_what_is_heavy_is_asked_of_the_chosen_products(refine: Callable[..., QuantTensor]) -> None:
+    class Counting(NumpyProducts):
+        count = 0
+
+        def product(self, a: F32, b: F32) -> F32:
+            self.count += 1
+            return super().product(a, b)
+
+    x, weight = inputs(64), weights(5, 64)
+    start, counting = quantize_rtn(weight, INT4), Counting()
+    with computing_by(counting):
+        refined = refine(weight, x.T @ x, start, INT4, steps=20)
+    assert counting.count >= 20
+    np.testing.assert_array_equal(refined.codes, refine(weight, x.T @ x, start, INT4, steps=20).codes)
+
+
+def test_only_what_costs_less_is_kept() -> None:
+    x, weight = inputs(64), weights(6, 64)
+    start = quantize_rtn(weight, INT4)
+
+    def descend(rows: Rows) -> tuple[F32, F32]:
+        """The even rows get better, the others worse."""
+        worse = np.arange(6)[:, None] % 2
+        return rows.codes, rows.scale * np.where(worse, 1.5, 0.75).astype(np.float32)
+
+    wide = replace(start, scale=start.scale * np.float16(1.25))
+    kept = refinement.refine(weight, x.T @ x, wide, descend)
+    np.testing.assert_array_equal(kept.scale[1::2], wide.scale[1::2])
+    np.testing.assert_array_equal(kept.scale[::2], (wide.scale.astype(np.float32) * 0.75).astype(np.float16)[::2])
+
+
+def test_a_minimum_beyond_fp16_is_refused() -> None:
+    weight = np.linspace(-60000, 0, 32, dtype=np.float32)[None]
+    start = quantize_rtn(weight, ASYMMETRIC)
+    with pytest.raises(OverflowError, match="does not fit fp16"):
+        refinement.refine(weight, np.eye(32, dtype=np.float32), start, lambda rows: (rows.codes, rows.scale * 2))
 
 
 @BOTH
