@@ -245,10 +245,10 @@ def _build(
         in_use(source.folder),
         digesting_source(source.folder, stamp, choices.known) as digests,
     ):
-        this = _Build(choices, recipe, out, threads, source, files, stamp, digests, watcher)
-        model, plan = _planned(this)
+        job = _Build(choices, recipe, out, threads, source, files, stamp, digests, watcher)
+        model, plan = _plan_artifacts(job)
         text = calibration_text(model, recipe, watcher.say)
-        key = None if text is None else key_of(model, recipe, text, this.sha256())
+        key = None if text is None else key_of(model, recipe, text, job.sha256())
         with keeping(key, out, choices.fresh, threads, watcher.say) as keeper:
             plan = plan if keeper.found is None else plan.with_cached_calibration()
             shortage = shortage_of(plan, out, cache_disk(), bytes_in(left))
@@ -256,51 +256,59 @@ def _build(
                 raise shortage
             with fixed_blas():
                 calibrated = calibrate(model, recipe, text, keeper.keep, watcher.say, watcher.start, watcher.advance)
-            learned = calibration_digest(calibrated, threads)
+            return _finish(job, model, plan, calibrated, left, signer)
 
-            @cache
-            def content() -> str:
-                return content_key(source, this.sha256(), model, recipe, plan.layouts, learned)
 
-            with unfinished(out, left, content, this.knows_source, watcher.say) as (folder, journal):
-                with naming_need(plan.disk):
-                    poured, manifest = _poured(this, model, plan, calibrated, folder, journal)
-                    results = _verified(this, model, poured, manifest, folder, journal)
-                    record_results(manifest, results, folder, out, signer)
-                journal.close()
-                require_gates(manifest, results, folder, out)
-                with deferred_signals():  # nobody shall be told of an interruption that nothing was published
-                    publish(folder, out, recipe.targets)
-                    watcher.published(out)
-                    watcher.say(f"written: {out}{' (signed)' if signer else ''}")
+def _finish(
+    job: _Build, model: Model, plan: Plan, calibrated: Calibrated, left: Path | None, signer: Signer | None
+) -> dict[str, Any]:
+    """Pour, verify and publish, or go on with what is `left` of that; the manifest."""
+    recipe, out, watcher = job.recipe, job.out, job.watcher
+    learned = calibration_digest(calibrated, job.threads)
+
+    @cache
+    def content() -> str:
+        return content_key(job.source, job.sha256(), model, recipe, plan.layouts, learned)
+
+    with unfinished(out, left, content, job.knows_source, watcher.say) as (folder, journal):
+        with naming_need(plan.disk):
+            poured, manifest = _pour_artifacts(job, model, plan, calibrated, folder, journal)
+            results = _verify_artifacts(job, model, poured, manifest, folder, journal)
+            record_results(manifest, results, folder, out, signer)
+        journal.close()
+        require_gates(manifest, results, folder, out)
+        with deferred_signals():  # nobody shall be told of an interruption that nothing was published
+            publish(folder, out, recipe.targets)
+            watcher.published(out)
+            watcher.say(f"written: {out}{' (signed)' if signer else ''}")
     return manifest
 
 
-def _planned(this: _Build) -> tuple[Model, Plan]:
+def _plan_artifacts(job: _Build) -> tuple[Model, Plan]:
     """The model, with the schemes that a budget chose, and what is to be written of it."""
-    recipe, watcher = this.recipe, this.watcher
-    memory = CostMemory(this.sha256, this.choices.fresh, watcher.say)
+    recipe, watcher = job.recipe, job.watcher
+    memory = CostMemory(job.sha256, job.choices.fresh, watcher.say)
     with fixed_blas():
-        opened = open_model(this.source, recipe)
+        opened = open_model(job.source, recipe)
         model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
     watcher.say("planning; kernels that were never used here are compiled")
-    plan = make_plan(model, recipe, EXPORTERS, this.threads, this.choices.verify)
+    plan = make_plan(model, recipe, EXPORTERS, job.threads, job.choices.verify)
     return model, replace(plan, assignment=assignment)
 
 
-def _poured(
-    this: _Build, model: Model, plan: Plan, calibrated: Calibrated, folder: Path, journal: Journal
+def _pour_artifacts(
+    job: _Build, model: Model, plan: Plan, calibrated: Calibrated, folder: Path, journal: Journal
 ) -> tuple[Poured, dict[str, Any]]:
     """Write the artifacts, as far as they are not there, and the manifest."""
-    source, watcher = this.source, this.watcher
+    source, watcher = job.source, job.watcher
     licences = licence_files(source.folder)
     watcher.start(f"quantizing into {', '.join(plan.layouts)}", plan.elements)
     quantize = calibrated.quantize
-    poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, quantize, this.threads, journal)
-    this.require_unchanged()
-    manifest = build_manifest(source, this.digests.result(), model, this.recipe, plan, poured, calibrated.record)
-    this.require_unchanged()
-    with disk_errors(this.out):
+    poured = pour(calibrated.graph, plan.layouts, folder, watcher.advance, quantize, job.threads, journal)
+    job.require_unchanged()
+    manifest = build_manifest(source, job.digests.result(), model, job.recipe, plan, poured, calibrated.record)
+    job.require_unchanged()
+    with disk_errors(job.out):
         journal.write()
         write_licences(folder, manifest, licences)
         write_manifest(folder, manifest)
@@ -308,12 +316,12 @@ def _poured(
     return poured, manifest
 
 
-def _verified(
-    this: _Build, model: Model, poured: Poured, manifest: dict[str, Any], folder: Path, journal: Journal
+def _verify_artifacts(
+    job: _Build, model: Model, poured: Poured, manifest: dict[str, Any], folder: Path, journal: Journal
 ) -> Sequence[TargetResult] | None:
     """The results of every target, those of a killed build among them; None if none are asked for."""
-    recipe, say = this.recipe, this.watcher.say
-    asked = this.choices.verify and recipe.verify.enabled
+    recipe, say = job.recipe, job.watcher.say
+    asked = job.choices.verify and recipe.verify.enabled
     passed = still_verified(journal.verified if asked else {}, manifest["targets"], EXPORTERS)
     if poured.kept:
         say(taken_over(poured, passed))
@@ -324,11 +332,11 @@ def _verified(
         files = manifest["targets"][result.target]["files"]
         journal.add_verified(result.target, verified_record(result, files))
 
-    with disk_errors(this.out), staging(this.out) as scratch:  # beside the build's folder, all of which is published
+    with disk_errors(job.out), staging(job.out) as scratch:  # beside the build's folder, all of which is published
         results = verify(
-            model, this.source, recipe, EXPORTERS, folder, poured.matrices, scratch, this.threads, say, passed, note
+            model, job.source, recipe, EXPORTERS, folder, poured.matrices, scratch, job.threads, say, passed, note
         )
-    this.require_unchanged()
+    job.require_unchanged()
     return results
 
 
