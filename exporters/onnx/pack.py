@@ -1,4 +1,4 @@
-"""Packing for MatMulNBits and GatherBlockQuantized, and back.
+"""Packing for MatMulNBits and GatherBlockQuantized.
 
 Layout: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 B is u8[N, K / block, block * bits / 8], for 4 bits two codes a byte, the even one in the low half. scales is
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.quantize.tensor import F32, U8, FloatArray, QuantTensor
-from exporters.nibbles import pack_nibbles, unpack_nibbles
+from converters.quantize.tensor import U8, QuantTensor
+from exporters.nibbles import pack_nibbles
 
 
 def pack_codes(tensor: QuantTensor) -> U8:
@@ -31,14 +31,3 @@ def pack_zeros(tensor: QuantTensor, block: int) -> U8:
     """u8[n * ceil(in / block * bits / 8)]: input zero_points."""
     zeros = tensor.regroup(block).zeros()
     return (pack_nibbles(zeros) if tensor.bits == 4 else np.ascontiguousarray(zeros)).reshape(-1)
-
-
-def dequantize(codes: U8, scales: FloatArray, zeros: U8 | None, width: int, bits: int) -> F32:
-    """f32[N, K] from the operator's inputs, B as u8[N, K * bits / 8]: (code - zero) * scale."""
-    rows, groups = scales.shape
-    unpacked = unpack_nibbles(codes, width) if bits == 4 else codes
-    zero = np.full(scales.shape, 1 << (bits - 1), np.uint8)
-    if zeros is not None:
-        zero = unpack_nibbles(zeros, groups) if bits == 4 else zeros
-    signed = unpacked.reshape(rows, groups, -1).astype(np.float32) - zero[:, :, None].astype(np.float32)
-    return (signed * scales.astype(np.float32)[:, :, None]).reshape(rows, width)
