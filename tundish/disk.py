@@ -10,12 +10,13 @@ import glob
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import ResourceError
 
+_TOKEN, _READY = "[0-9a-f]" * 8, ".ready"
 IN_PLACE = "Free space there, or have the folder be one that you may write to; then say the same again."
 
 
@@ -69,29 +70,68 @@ def replace_file(path: Path, data: bytes) -> None:
     replace_files({path: data})
 
 
-def replace_files(files: Mapping[Path, bytes]) -> None:
-    """The same with several, once all of them are on the disk, and at nearly one time.
+def replace_files(files: Mapping[Path, bytes], together: Path | None = None) -> None:
+    """The same with several, once all of them are on the disk, by way of temporary ones.
 
-    By way of temporary ones, which an error does not leave behind. A kill may: see `remove_left`.
+    An error before that leaves nothing of these behind; a kill may. With a folder `together`, a mark there says from
+    then on that all have to be replaced: `finish_replacing` does what a kill kept from happening.
     """
+    token = secrets.token_hex(4)  # others may be at the same files
     ready: list[tuple[Path, Path]] = []
     try:
         for path, data in files.items():
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # others may be at the same file
+            temporary = path.with_name(f".{path.name}.{token}.new")
             with temporary.open("xb") as file:
                 ready.append((temporary, path))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for temporary, path in ready:
-            temporary.replace(path)
+        folders = {path.parent for path in files}
+        if together is not None:
+            for folder in folders:
+                sync(folder)
+            _mark(together, token).touch(exist_ok=False)
+            sync(together)
     except BaseException:
         for temporary, _ in ready:
             with suppress(OSError):  # what went wrong first is told
                 temporary.unlink(missing_ok=True)
         raise
-    for folder in {path.parent for path in files}:
+    for temporary, path in ready:
+        temporary.replace(path)
+    for folder in folders:
         sync(folder)
+    if together is not None:
+        _mark(together, token).unlink()
+
+
+def finish_replacing(files: Collection[Path], together: Path) -> None:
+    """Replace the files that a killed process had still to replace, and remove what it had not all ready.
+
+    A living one must not be at them.
+    """
+    marks = {mark.name[1 : -len(_READY)]: mark for mark in together.glob(f".{_TOKEN}{_READY}") if _is_file(mark)}
+    for path in files:
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{_TOKEN}.new"):
+            if not _is_file(temporary):
+                continue
+            if temporary.name.split(".")[-2] in marks:
+                temporary.replace(path)
+            else:
+                temporary.unlink()
+    for folder in {path.parent for path in files} if marks else ():
+        with suppress(FileNotFoundError):
+            sync(folder)
+    for mark in marks.values():
+        mark.unlink()
+
+
+def _mark(folder: Path, token: str) -> Path:
+    return folder / f".{token}{_READY}"
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def put_in_place(made: Path, path: Path) -> None:
@@ -99,13 +139,6 @@ def put_in_place(made: Path, path: Path) -> None:
     sync(made)
     made.replace(path)
     sync(path.parent)
-
-
-def remove_left(path: Path) -> None:
-    """Remove what killed processes left that were replacing this file. A living one must not be at it."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.new"):
-        if temporary.is_file() and not temporary.is_symlink():
-            temporary.unlink()
 
 
 def sync(path: Path) -> None:

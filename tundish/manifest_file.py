@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from converters.errors import ModelError, UsageError
 from converters.json_file import read_small
 from exporters.base import Target
-from tundish.disk import IN_PLACE, disk_errors, remove_left, replace_file
+from tundish.disk import IN_PLACE, disk_errors, finish_replacing, replace_file
 from tundish.source_card import CARD
 
 MANIFEST = "manifest.json"
@@ -157,9 +157,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     replace_file(folder / MANIFEST, manifest_bytes(manifest))
 
 
-def remove_left_papers(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote the papers of a build. For whoever holds the folder."""
+def finish_papers(folder: Path) -> None:
+    """Put right what a process left that was killed while it wrote a build's papers. For whoever holds the folder."""
     papers = [folder / name for name in PAPERS] + [folder / target / CARD for target in Target]
     with disk_errors(folder, IN_PLACE):
-        for paper in papers:
-            remove_left(paper)
+        finish_replacing(papers, folder)

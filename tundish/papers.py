@@ -49,7 +49,7 @@ def write_papers(folder: Path, manifest: dict[str, Any], signer: Signer | None) 
     if signer is not None:
         papers[SIGNATURE] = sign(papers[PROVENANCE], signer)
     (folder / SIGNATURE).unlink(missing_ok=True)
-    replace_files({folder / name: data for name, data in papers.items()})
+    replace_files({folder / name: data for name, data in papers.items()}, together=folder)
 
 
 def sign_build(folder: Path, key: Path | None, threads: int, watcher: Watcher = SILENT) -> Path:

@@ -22,7 +22,7 @@ from exporters.base import Target
 from tundish.disk import disk_errors, sync
 from tundish.exchange import exchange, is_local
 from tundish.journal import JOURNAL
-from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, read_manifest, remove_left_papers
+from tundish.manifest_file import MANIFEST, PAPERS, artifact_files, finish_papers, read_manifest
 from tundish.signals import deferred_signals
 
 if sys.platform != "win32":
@@ -195,10 +195,10 @@ def _lock(folder: Path) -> int | None:
 def restore(out: Path, say: Callable[[str], None]) -> None:
     """Give `out` its name back, which a build that was killed while it published had taken from it.
 
-    And remove what was left in it by a command that was killed while it wrote its papers.
+    And finish the papers in it, at which a command was killed. Of several, it is the last that got its other name.
     """
     if os.path.lexists(out):
-        remove_left_papers(out)
+        finish_papers(out)
         return
     for path, _, ending in _left_beside(out):
         if ending == "old" and path.is_dir() and not path.is_symlink():

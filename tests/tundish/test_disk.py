@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tundish.disk import put_in_place, remove_left, replace_file, replace_files
+from tundish.disk import finish_replacing, put_in_place, replace_file, replace_files
 
 
 def test_replacing(tmp_path: Path) -> None:
@@ -45,9 +48,48 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in {".a.01234567.new", "a"} | theirs - {".a.0000000f.new"}:
         (tmp_path / name).touch()
     (tmp_path / ".a.0000000f.new").symlink_to("a")
-    remove_left(tmp_path / "a")
+    finish_replacing([tmp_path / "a"], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a"} | theirs
-    remove_left(tmp_path / "absent" / "a")
+    finish_replacing([tmp_path / "absent" / "a"], tmp_path / "absent")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="fork")
+def test_a_kill_at_any_moment_leaves_all_or_nothing_of_what_belongs_together(tmp_path: Path) -> None:
+    for moment in range(1, 20):
+        folder = tmp_path / str(moment)
+        (folder / "in").mkdir(parents=True)
+        files = [folder / "a", folder / "in" / "b"]
+        for path in files:
+            path.write_bytes(b"old")
+        child = os.fork()
+        if child == 0:
+            kill_at(moment)
+            replace_files(dict.fromkeys(files, b"new"), together=folder)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        finish_replacing(files, folder)
+        assert {path.read_bytes() for path in files} in ({b"old"}, {b"new"}), moment
+        assert sorted(folder.rglob("*")) == sorted([*files, folder / "in"])
+        if ended == 0:
+            break
+    assert ended == 0 and moment > 8
+
+
+def kill_at(moment: int) -> None:
+    """At that call of those that change something."""
+    calls = itertools.count(1)
+
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **names: Any) -> Any:
+            if next(calls) == moment:
+                os._exit(1)
+            return function(*arguments, **names)
+
+        return call
+
+    os.fsync = killing(os.fsync)
+    for name in ("open", "replace", "touch", "unlink"):
+        setattr(Path, name, killing(getattr(Path, name)))
 
 
 def test_two_at_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
