@@ -200,12 +200,11 @@ def restore(out: Path, say: Callable[[str], None]) -> None:
     if os.path.lexists(out):
         finish_papers(out)
         return
-    for path, _, ending in _left_beside(out):
-        if ending == "old" and path.is_dir() and not path.is_symlink():
-            with disk_errors(out):
-                path.rename(out)
-            say(f"restored: {out}, which a build that was killed had moved away")
-            return
+    aside = [path for path, _, ending in _left_beside(out) if ending == "old" and _is_ours(path)]
+    for path in sorted(aside, key=lambda path: path.lstat().st_ctime_ns)[-1:]:
+        with disk_errors(out):
+            path.rename(out)
+        say(f"restored: {out}, which a build that was killed had moved away")
 
 
 def reclaim(out: Path, say: Callable[[str], None]) -> None:
@@ -236,10 +235,13 @@ def _reclaim(out: Path, say: Callable[[str], None], keep: Callable[[Path], bool]
         if path.is_symlink() or not path.is_dir():
             say(f"left alone: {path}, which is not a folder")
             continue
+        if sys.platform != "win32" and path.lstat().st_uid != os.geteuid():
+            say(f"left alone: {path}, which is another user's")
+            continue
         lock = _lock_if_left(path) if machine == _machine_of(path) else None
         if lock is None:
             say(f"left alone: {path}, of a build that is running or that was killed on another machine")
-        elif kept is None and ending == "partial" and keep(path):
+        elif kept is None and ending == "partial" and _is_ours(path) and keep(path):
             kept = path
             stack.callback(os.close, lock)
         else:
@@ -256,6 +258,13 @@ def _left_beside(out: Path) -> list[tuple[Path, str, str]]:
     except OSError:
         return []  # no such folder yet, or one that cannot be read; whether it can be written to is asked later
     return [(path, match[1] or "", match[2]) for path, match in found]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody but this user can have written into a folder, whose contents may become a build of theirs."""
+    status = folder.lstat()
+    owned = sys.platform == "win32" or status.st_uid == os.geteuid()
+    return stat.S_ISDIR(status.st_mode) and owned and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _lock_if_left(folder: Path) -> int | None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -466,6 +467,36 @@ def test_a_kill_while_rejecting_publishes_nothing(tmp_path: Path, way: str) -> N
         if ended == 0:
             break
     assert ended == 0 and moment > 5
+
+
+def test_the_last_of_those_moved_away_comes_back(tmp_path: Path) -> None:
+    """Kills between two renames left more than one, the last of which was the newest build."""
+    for name in ("zzzzzzzz", "aaaaaaaa", "mmmmmmmm"):
+        old_build(tmp_path / name)
+        (tmp_path / name / "gguf" / "model.gguf").write_text(name)
+        time.sleep(0.02)  # a file system's clock may be that coarse
+        (tmp_path / name).rename(tmp_path / f".out.{name}.00000000.old")
+    restore(tmp_path / "out", print)
+    assert (tmp_path / "out" / "gguf" / "model.gguf").read_text() == "mmmmmmmm"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX users")
+@pytest.mark.parametrize("ending", ["partial", "old"])
+@pytest.mark.parametrize("whose", ["another user's", "anybody's"])
+def test_what_others_can_have_written_becomes_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, whose: str
+) -> None:
+    out = tmp_path / "out"
+    planted = tmp_path / f".out.abcd_123.{publishing._machine_of(tmp_path)}.{ending}"
+    old_build(planted)
+    if whose == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: 4001)
+    else:
+        planted.chmod(0o777)
+    restore(out, print)
+    with left_by_killed(out, print, lambda folder: True) as left:
+        assert left is None
+    assert not out.exists() and planted.exists() == (whose == "another user's")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
