@@ -36,8 +36,13 @@ def holding(out: Path, say: Callable[[str], None]) -> Iterator[None]:
             lock = _acquire(path, out, say)
             if lock is not None:
                 stack.callback(os.close, lock)
-                stack.callback(path.unlink, missing_ok=True)  # before the lock ends: whoever waits will see it gone
+                stack.callback(_unlink, path)  # before the lock ends: whoever waits will see it gone
         yield
+
+
+def _unlink(path: Path) -> None:
+    with suppress(PermissionError):  # another user's, which stays for the next
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
     told = ""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = _open(path)
         except OSError as error:
             if error.errno in (errno.EISDIR, errno.ELOOP):
                 raise _no_lock(path, error.strerror or str(error)) from error
@@ -88,6 +93,14 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
             say(f"waiting for {out}, which {holder} holds")
             told = holder
         time.sleep(_PATIENCE)
+
+
+def _open(path: Path) -> int:
+    """The lock's file, made if there is none; another user's to read, which is enough for a lock."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def _no_lock(path: Path, found: str) -> UsageError:

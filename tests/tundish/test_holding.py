@@ -122,6 +122,34 @@ def test_where_no_lock_can_be_made_there_is_none(tmp_path: Path) -> None:
         assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_another_users_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be read only, and stays where it is."""
+    opened, unlink = os.open, Path.unlink
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    def keep(self: Path, missing_ok: bool = False) -> None:
+        if self.name == ".out.lock":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+        unlink(self, missing_ok)
+
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        process.stdin.close()  # type: ignore[union-attr]  # whereupon it ends
+
+    with holder(tmp_path / "out") as process:
+        monkeypatch.setattr(os, "open", refuse)
+        monkeypatch.setattr(Path, "unlink", keep)
+        with holding(tmp_path / "out", tell):
+            pass
+        assert f"process {process.pid}" in said[0]
+
+
 def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
