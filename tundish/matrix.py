@@ -300,7 +300,7 @@ class _Matrix:
     def _ended(self, cell: Cell, result: str, status: int, message: str, manifest: Json | None, answer: Answer) -> None:
         seconds = answer.seconds if result != "reused" else 0.0
         try:
-            self._sign(cell, result)
+            self._sign(cell, result, manifest)
         except TundishError as error:  # somebody else was at it
             result, status, message = "failed", error.exit_status, str(error)
         outcome = Outcome(cell, self._out(cell), result, status, message, manifest, answer.worker, seconds)
@@ -309,9 +309,17 @@ class _Matrix:
         self.observed.events.emit("cell", **outcome.as_dict())
         self.say(f"[{cell.name}] {result}" + (f": {message}" if message else ""))
 
-    def _sign(self, cell: Cell, result: str) -> None:
+    def _sign(self, cell: Cell, result: str, manifest: Json | None) -> None:
         """Sign a build of this run, or an earlier one that nobody has signed."""
         signer, out = self.options.signer, self._out(cell)
-        if signer is not None and (result == "built" or (result == "reused" and not (out / SIGNATURE).exists())):
-            say = self.say
-            sign_folder(out, signer, self.options.threads or cores(), lambda text: say(f"[{cell.name}] {text}"))
+        if signer is None or result == "failed":
+            return
+
+        def say(text: str) -> None:
+            self.say(f"[{cell.name}] {text}")
+
+        if result == "reused" and (out / SIGNATURE).exists():
+            say("signed already, by whomever: verify --key tells")
+        else:
+            sign_folder(out, signer, self.options.threads or cores(), say, manifest)
+            say("signed")

@@ -64,15 +64,22 @@ def sign_build(folder: Path, key: Path | None, threads: int, watcher: Watcher = 
     return folder / SIGNATURE
 
 
-def sign_folder(folder: Path, signer: Signer, threads: int, say: Callable[[str], None]) -> None:
-    """The same with a key that was loaded."""
+def sign_folder(
+    folder: Path, signer: Signer, threads: int, say: Callable[[str], None], expected: Mapping[str, Any] | None = None
+) -> None:
+    """The same with a key that was loaded. GateError too if the manifest is not the one `expected`."""
     with holding_intact(folder, threads, say) as intact:
+        if expected is not None and intact.manifest != expected:
+            raise GateError("another build took the place of the one to sign", where=str(folder), mend="Build again.")
         results = intact.manifest["verification"] or {}
         failed = [target for target, result in results.items() if result["passed"] is False]
         if failed:
             raise GateError("the build missed its gates", where=str(folder), found=", ".join(failed))
         with disk_errors(folder, IN_PLACE):
             replace_file(folder / SIGNATURE, sign(intact.statement, signer))
+    unmeasured = [target for target in intact.manifest["targets"] if results.get(target, {}).get("passed") is None]
+    if unmeasured:
+        say(f"warning: what is signed was not verified: {', '.join(unmeasured)}")
 
 
 def _record(data: bytes) -> dict[str, Any]:
