@@ -30,7 +30,7 @@ _GAUGES = {
     "tundish_last_success_timestamp_seconds": (_RUN, "When the last run that succeeded ended, in seconds since 1970."),
     "tundish_artifact_bytes": (("recipe", "model", "target"), "Size of an artifact."),
     "tundish_gate_figure": (_GATE, "What a gate measured, such as the KL divergence in nats."),
-    "tundish_gate_threshold": (_GATE, "The figure at which the gate fails."),
+    "tundish_gate_threshold": (_GATE, "What the figure must not be above; for top1, not below."),
     "tundish_gate_passed": (_GATE, "Whether the gate was passed."),
 }
 _FAILURES = "tundish_failures"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from converters.errors import TundishError
@@ -46,7 +47,8 @@ def observing(command: str, titles: Titles, events: str | None, metrics: Path | 
         except BaseException as error:
             if isinstance(error, FailedGatesError):
                 observed.manifest = error.manifest
-            status, told = status_of(error), str(error)
+            status = status_of(error)
+            told = f"interrupted by {Signals(status - 128).name}" if status > 128 else str(error)
             raise
         finally:
             seconds = time.monotonic() - begun

@@ -78,11 +78,18 @@ def signed_statement(envelope: bytes, public_key: Path) -> bytes:
     key = _public_key(_read(public_key), str(public_key))
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(str(public_key), "another kind of key", _MAKE_PUBLIC)
-    parsed = Envelope.from_dict(json.loads(envelope))
+    parsed, trusted = Envelope.from_dict(json.loads(envelope)), SSlibKey.from_crypto(key)
     try:
-        parsed.verify([SSlibKey.from_crypto(key)], threshold=1)
+        parsed.verify([trusted], threshold=1)
     except VerificationError as error:
-        raise _no_signature("no signature by this key", f"one by {public_key}") from error
+        signed_by = ", ".join(each[:16] for each in parsed.signatures)
+        raise GateError(
+            "the build is not signed by this key",
+            where=SIGNATURE,
+            expected=f"a signature by the key {trusted.keyid[:16]} ({public_key})",
+            found=f"one by {signed_by}, or a damaged one",
+            mend="Ask whoever built it for their public key. If this is it, do not trust the build.",
+        ) from error
     payload: bytes = parsed.payload
     return payload
 
