@@ -339,6 +339,7 @@ def compare(
     """Measure artifacts of one checkpoint side by side: size, KL, perplexity, top-1 and speed, in their runtimes."""
     from tundish import comparison
 
+    console.if_interrupted("nothing was compared")
     with people() as watching:
         asked = comparison.Comparison(artifacts, model, text, sequences, length, out, threads)
         document = comparison.compare(asked, watching.say)

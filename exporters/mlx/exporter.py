@@ -27,7 +27,9 @@ from exporters.transformers_files import encode_json, generation_config, tokeniz
 
 _USAGE = """\
     pip install mlx-lm
-    mlx_lm.generate --model . --prompt 'What is the capital of France?'"""
+    mlx_lm.generate --model . --max-tokens 100 --prompt 'What is the capital of France?'
+
+For Apple silicon. On the CPUs of other machines MLX opens it as well, and takes minutes for a word."""
 
 SHARD_NBYTES = 5 << 30  # mlx-lm's own limit for one file (mlx_lm.utils.MAX_FILE_SIZE_GB)
 
