@@ -58,7 +58,7 @@ def _largest_first(paths: Iterable[Path]) -> list[Path]:
 
 def _openable_size(path: Path) -> int:
     """Bytes of a file that can be opened."""
-    with _reading(path):
+    with reading(path):
         size = regular_size(path)  # before opening, which waits for whoever writes to a pipe
         with path.open("rb"):
             return size
@@ -67,21 +67,21 @@ def _openable_size(path: Path) -> int:
 def _sha256(path: Path, stop: Event) -> str:
     """Half a digest if it is told to stop: nobody asks for it then."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with _reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while not stop.is_set() and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
     return digest.hexdigest()
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """ModelError that names the file for what the system says below."""
+def reading(path: Path) -> Iterator[None]:
+    """ModelError that names the file, or the one in this folder, for what the system says below."""
     try:
         yield
     except OSError as error:
         raise ModelError(
             "file cannot be read",
-            where=str(path),
+            where=str(error.filename or path),
             found=error.strerror or str(error),
             mend="It is missing, damaged or not yours to read: see its permissions and the disk.",
         ) from error

@@ -26,6 +26,7 @@ from converters.errors import ModelError
 from converters.json_file import read_small
 from tundish.disk import cache_errors, replace_file
 from tundish.publish import reclaim, staging
+from tundish.user_path import expanded
 
 if sys.platform != "win32":
     import fcntl
@@ -62,7 +63,7 @@ class Entry:
 def cache_folder() -> Path:
     """$TUNDISH_CACHE, or the user's cache as the platform has it."""
     root = os.environ.get("TUNDISH_CACHE")
-    return Path(root).expanduser().absolute() if root else platformdirs.user_cache_path("tundish")
+    return expanded(root).absolute() if root else platformdirs.user_cache_path("tundish")
 
 
 def calibrations() -> Path:

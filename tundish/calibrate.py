@@ -35,6 +35,7 @@ from tundish.calibration_progress import Workplace
 from tundish.calibration_text import Documentation, Files, Origin, OwnText, calibration_sequences, digest, name_of
 from tundish.recipe import Calibration, CalibrationSource, Method, Recipe
 from tundish.recipe_errors import MisfitError
+from tundish.user_path import expanded
 
 FIT_ELEMENTS = 1 << 25  # of a matrix that are fitted at once: rows do not depend on one another, and memory is dear
 _REFINE: Mapping[Method, Refine] = {
@@ -296,7 +297,7 @@ def origin_of(calibration: Calibration) -> Origin:
         case CalibrationSource.SELF:
             return OwnText()
         case _:
-            return Files(Path(calibration.text).expanduser()) if calibration.text else Documentation()
+            return Files(expanded(calibration.text)) if calibration.text else Documentation()
 
 
 def calibration_ids(
@@ -343,7 +344,7 @@ def _calibrate_by_matrix(model: Model, file: Path, say: Callable[[str], None]) -
     from converters.quantize.imatrix import read_imatrix
     from exporters.gguf.importance import imatrix_importance
 
-    path = file.expanduser()
+    path = expanded(file)
     matrix = read_imatrix(path)
     say(f"calibration: {file}, {len(matrix.means)} entries from {matrix.chunks} chunks of text")
     importance = imatrix_importance(matrix, model.graph, str(file))

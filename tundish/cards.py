@@ -73,7 +73,7 @@ def _spelled(value: Any) -> Any:
     reader.version = (1, 1)
     try:
         return value if reader.load(value) == value else DoubleQuotedScalarString(value)
-    except (YAMLError, ValueError):
+    except (YAMLError, ValueError, LookupError, RecursionError, AssertionError):  # as of a card, in source_card
         return DoubleQuotedScalarString(value)
 
 

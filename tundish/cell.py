@@ -37,6 +37,7 @@ from tundish.plan import Plan, make_plan
 from tundish.recipe import CalibrationSource, Recipe, recipe_digest
 from tundish.recipe_errors import MisfitError
 from tundish.signals import unwind_at_signals
+from tundish.user_path import expanded
 from tundish.verify import missing_runtime
 from tundish.watcher import SILENT
 
@@ -187,7 +188,7 @@ def _is_verified(manifest: Json, recipe: Recipe) -> bool:
 def _is_calibration(record: Json, recipe: Recipe, text: CalibrationText | None) -> bool:
     """Whether a file or text that is no part of recipe and source is still what was read."""
     if recipe.calibration.source is CalibrationSource.IMATRIX:
-        path = Path(recipe.calibration.file or "").expanduser()
+        path = expanded(recipe.calibration.file or "")
         return path.is_file() and record.get("sha256") == sha256_of([path])[path]
     return text is None or text.token_ids is None or record.get("token_ids_sha256") == digest(text.token_ids)
 

@@ -37,6 +37,7 @@ from tundish.report import cell, table
 from tundish.scratch import temporary_folder
 from tundish.settle import with_recorded_schemes
 from tundish.text_files import Conversation, read_texts, text_files
+from tundish.user_path import expanded
 from tundish.verify import cut, divergence_of, missing_runtime, reference_logits, stream_of
 
 REPORT, PICTURE = "compare.md", "compare.svg"
@@ -155,7 +156,7 @@ def _texts(asked: Comparison) -> Iterator[str]:
     if asked.text is None:
         yield from evaluation_text()
         return
-    for path in text_files(asked.text.expanduser()):
+    for path in text_files(expanded(asked.text)):
         for text in read_texts(path):
             yield text.text if isinstance(text, Conversation) else text
 
@@ -177,7 +178,7 @@ def find_artifacts(paths: Sequence[Path]) -> list[Artifact]:
     """Each container of a build's folder, or the one that <build>/<target> names. Duplicates count once."""
     found: dict[Path, tuple[Path, Target]] = {}
     for path in paths:
-        folder = path.expanduser().resolve()
+        folder = expanded(path).resolve()
         if (folder / MANIFEST).is_file() or not (folder.parent / MANIFEST).is_file():
             chosen = [(folder, target) for target in map(Target, read_manifest(folder)["targets"])]
         else:

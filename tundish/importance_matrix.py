@@ -32,6 +32,7 @@ from tundish.model import open_model
 from tundish.publish import reclaim, staging
 from tundish.recipe import CalibrationSource, Recipe
 from tundish.recipe_errors import MisfitError
+from tundish.user_path import expanded
 from tundish.watcher import Watcher
 
 Form = Literal["gguf", "dat"]  # the generations of the file
@@ -47,7 +48,7 @@ def make_imatrix(choices: Choices, file: Path, form: Form | None, watcher: Watch
     """
     recipe = settle_recipe(choices)
     _require_measuring(recipe)
-    path = file.expanduser().absolute()
+    path = expanded(file).absolute()
     _require_file(path)
     source = settle_source(choices, recipe)
     watcher.say(f"model: {source.name} ({source.folder})")

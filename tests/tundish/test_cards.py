@@ -118,6 +118,22 @@ def test_licences_go_along(tmp_path: Path) -> None:
         licence_files(folder)
 
 
+@pytest.mark.parametrize(("count", "nbytes"), [(17, 1), (5, 1 << 18)])
+def test_licences_without_end(tmp_path: Path, count: int, nbytes: int) -> None:
+    for number in range(count):
+        with (tmp_path / f"LICENSE-{number}").open("wb") as file:
+            file.truncate(nbytes)
+    with pytest.raises(ModelError, match=rf"too many files of licences.*found {count} files"):
+        licence_files(tmp_path)
+    (tmp_path / "LICENSE-0").unlink()
+    assert len(licence_files(tmp_path)) == count - 1
+
+
+def test_a_licence_that_nests_without_end() -> None:
+    deep = "[" * 5000
+    assert ModelCard(gguf_card(None, licence="other", licence_name=deep)).data.to_dict()["license_name"] == deep
+
+
 def test_every_container_has_a_card(poured: Path) -> None:
     for target, entry in read_manifest(poured)["targets"].items():
         card = ModelCard.load(poured / target / "README.md")

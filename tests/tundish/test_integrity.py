@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenan
 from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
-from converters.errors import GateError, UsageError
+from converters.errors import GateError, ModelError, UsageError
 from converters.file_digest import sha256_of
 from tests.tundish.keys import PKCS8, write_keys
 from tundish import chat_renderer, matrix_worker
@@ -137,6 +138,29 @@ def test_what_is_missing_added_or_exchanged(signed: Path, key: Path, name: str, 
     CHANGES[name](signed)
     with pytest.raises(GateError, match=f"files differ.*found {name}"):
         require_intact(signed, 1, public(key) if with_key else None)
+
+
+@pytest.mark.parametrize("name", [PROVENANCE, SIGNATURE])
+def test_papers_that_are_too_large_to_hold(signed: Path, key: Path, name: str) -> None:
+    os.truncate(signed / name, 1 << 36)  # most of it takes no disk
+    for by in (None, public(key)):
+        with pytest.raises(GateError, match=rf"no file that tundish wrote.*{name}.*found 68,719,476,736"):
+            require_intact(signed, 1, by)
+
+
+@pytest.mark.parametrize("ask", ["lstat", "read_bytes"])
+def test_what_is_not_ours_to_read(signed: Path, ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that may be listed and not searched; who runs as root is never refused."""
+    real = getattr(Path, ask)
+
+    def refuse(path: Path) -> object:
+        if path.name == PROVENANCE:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, ask, refuse)
+    with pytest.raises(ModelError, match=rf"file cannot be read \(.*{PROVENANCE}\); found Permission denied"):
+        require_intact(signed, 1)
 
 
 def more_signatures(envelope: dict[str, Any]) -> None:

@@ -39,13 +39,27 @@ def old_build(out: Path) -> None:
     manifest = {
         "format": FORMAT,
         "tundish": "0",
-        "source": {"name": "m", "repo_id": None, "revision": None, "files": {"config.json": "00"}},
-        "recipe": {},
+        "source": {
+            **dict.fromkeys(["repo_id", "revision", "licence", "licence_name", "licence_link"]),
+            "name": "m",
+            "languages": [],
+            "files": {"config.json": "00"},
+        },
+        "recipe": {"name": "r", "description": "a test"},
         "recipe_digest": "00",
+        "context_length": 8,
         "weights": {"w": {"shape": [1], "scheme": "fp32"}},
         "calibration": None,
+        "budget": None,
         "libraries": {},
-        "targets": {"gguf": {"files": {"model.gguf": {"bytes": 3, "sha256": "00"}}, "documents": {}}},
+        "targets": {
+            "gguf": {
+                "semantics": {"sentence": "context 8"},
+                "bytes": 3,
+                "files": {"model.gguf": {"bytes": 3, "sha256": "00"}},
+                "documents": {},
+            }
+        },
         "verification": None,
         "documents": {},
     }
