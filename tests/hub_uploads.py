@@ -112,6 +112,9 @@ class UploadHandler(Handler):
     def _commit(self, body: bytes, repo_id: str) -> None:
         repo = self.hub.repos[repo_id]
         header, *operations = map(json.loads, body.splitlines())
+        if header["value"].get("parentCommit", repo.commit) != repo.commit:
+            self._error(412, "")
+            return
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "deletedFile":

@@ -39,7 +39,7 @@ def push(asked: Push, watcher: Watcher) -> dict[str, Any]:
     """Upload a build, or one container of it as a repository of its own; the document that --json prints.
 
     A push that was interrupted goes on: what the Hub has of large files is not sent again, and nothing is visible until
-    the commit. Files of an earlier push of tundish that this build has not are removed by the same commit; any others
+    the commit. Files of an earlier push of tundish that this push has not are removed by the same commit; any others
     stay. GateError unless the files are as they were built and every gate has passed.
     """
     repo, folder = _destination(asked.destination)
@@ -66,16 +66,18 @@ def _push(asked: Push, intact: Intact, repo: str, folder: str, watcher: Watcher)
             raise GateError("a file changed while it was pushed", where=name, mend="Push again.")
     with _explained(repo):
         api.create_repo(repo, private=not asked.public, exist_ok=True)
-        stale = _stale(api, repo, folder, asked.target, set(additions))
+        head = api.repo_info(repo)
+        stale = _stale(api, repo, head, folder) - set(additions)
         nbytes = sum(operation.upload_info.size for operation in additions.values())
         watcher.say(f"pushing {len(files)} files, {nbytes:,} bytes, to {repo}")
         commit = api.create_commit(
             repo,
             [*additions.values(), *(CommitOperationDelete(name) for name in sorted(stale))],
             commit_message=f"{intact.manifest['recipe']['name']}, by tundish {intact.manifest['tundish']}",
+            parent_commit=head.sha,  # somebody else's push since then may have brought files that are not removed here
         )
         watcher.published(asked.folder)
-        arrived = _arrived(api, repo, commit.oid, list(additions))
+        arrived = _infos(api, repo, commit.oid, list(additions))
     missing = sorted(name for name, operation in additions.items() if not _same(operation, arrived.get(name)))
     if missing:
         raise ResourceError(
@@ -133,18 +135,28 @@ def _files(asked: Push, digests: Mapping[str, str]) -> dict[str, tuple[Path, str
     }
 
 
-def _stale(api: Any, repo: str, folder: str, target: Target | None, new: set[str]) -> set[str]:
-    """Files of an earlier push to the same place, as its provenance names them, that this one has not."""
-    present = {file.rfilename for file in api.repo_info(repo).siblings or ()}
+def _stale(api: Any, repo: str, head: Any, folder: str) -> set[str]:
+    """Files of an earlier push to the same place. Its provenance names those of the whole build, whether all of it was
+    pushed or one container: what was is told by a large file, which nobody else has. The rest of the names, such as
+    config.json, may be others' at the top of a repository.
+    """
+    present = {file.rfilename for file in head.siblings or ()}
     if folder + PROVENANCE not in present:
         return set()
-    start = "" if target is None else f"{target}/"
-    earlier = subjects(Path(api.hf_hub_download(repo, folder + PROVENANCE)).read_bytes()) or {}
-    ours = {folder + name.removeprefix(start) for name in earlier if name.startswith(start)} | {folder + SIGNATURE}
-    return (ours & present) - new
+    path = Path(api.hf_hub_download(repo, folder + PROVENANCE, revision=head.sha))
+    earlier = subjects(path.read_bytes()) or {}
+    ours = {folder + SIGNATURE}
+    for start in ("", *(f"{target}/" for target in Target)):
+        names = {
+            folder + name.removeprefix(start): sha256 for name, sha256 in earlier.items() if name.startswith(start)
+        }
+        there = _infos(api, repo, head.sha, sorted(names.keys() & present))
+        if any(info.lfs is not None and info.lfs.sha256 == names[name] for name, info in there.items()):
+            ours |= names.keys()
+    return ours & present
 
 
-def _arrived(api: Any, repo: str, commit: str, names: list[str]) -> dict[str, Any]:
+def _infos(api: Any, repo: str, commit: str, names: list[str]) -> dict[str, Any]:
     """What the Hub says of each file at a commit."""
     parts = (names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE))
     return {info.path: info for part in parts for info in api.get_paths_info(repo, part, revision=commit)}

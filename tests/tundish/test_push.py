@@ -110,6 +110,34 @@ def test_one_container(hub: UploadHub, verified: Path, poured: Path, tmp_path: P
     assert hub.repos[REPO].files.keys() == (names - {"Modelfile"}) | {".gitattributes", "photo.png"}
 
 
+def test_what_another_target_left_is_removed(hub: UploadHub, verified: Path, poured: Path, tmp_path: Path) -> None:
+    """One container after another, and one after a whole build; files of the same names that are others' stay."""
+    assert push(hub, verified, f"hf://{REPO}", "--target", "gguf").status == 0
+    theirs = {".gitattributes": b"lfs", "genai_config.json": b"their own", "model.safetensors": b"too" * LARGE}
+    hub.repos[REPO].files |= theirs
+    openvino = push(hub, verified, f"hf://{REPO}", "--target", "openvino")
+    assert openvino.status == 0 and openvino.out["removed"] == ["Modelfile", "model.gguf"]
+    assert hub.repos[REPO].files.keys() == {*openvino.out["files"], *theirs}
+    whole = push(hub, verified, f"hf://{REPO}")
+    assert {"openvino_model.bin", "openvino_model.xml"} <= {*whole.out["removed"]}
+    assert hub.repos[REPO].files == contents(verified) | theirs
+    other = with_verdict(poured, tmp_path / "other", {"gguf": True, "onnx": None, "openvino": None, "mlx": None})
+    gguf = push(hub, other, f"hf://{REPO}", "--target", "gguf")
+    assert gguf.status == 0 and {"manifest.json", "gguf/model.gguf", "onnx/model.onnx"} < {*gguf.out["removed"]}
+    assert hub.repos[REPO].files.keys() == {*gguf.out["files"], *theirs}
+
+
+def test_somebody_else_pushes_meanwhile(hub: UploadHub, verified: Path) -> None:
+    assert push(hub, verified, f"hf://{REPO}", "--target", "gguf").status == 0
+    hub.stall_after = len(hub.received)
+    process = start(hub, verified, f"hf://{REPO}", "--target", "mlx")
+    assert hub.stalled.wait(60), process.stderr and process.stderr.read()
+    hub.stall_after, hub.repos[REPO].commit = None, "f" * 40
+    hub.release.set()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 5 and "Push again" in err and "model.gguf" in hub.repos[REPO].files
+
+
 def test_a_killed_push_goes_on(hub: UploadHub, verified: Path) -> None:
     hub.stall_after = 2
     process = start(hub, verified, f"hf://{REPO}")
