@@ -27,7 +27,12 @@ class TundishError(Exception):
         if found is not None:
             parts.append(f"found {found}")
         sentence = "; ".join(parts).rstrip(".") + "."
-        super().__init__(f"{sentence} {mend}" if mend else sentence)
+        super().__init__(_in_a_line(f"{sentence} {mend}" if mend else sentence))
+
+
+def _in_a_line(text: str) -> str:
+    """As one paragraph for a terminal: some of it may be a stranger's, with line ends and escape sequences."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
 
 
 class UsageError(TundishError):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -49,6 +49,8 @@ def chat_renderer(tokenizer: Tokenizer) -> Iterator[Render]:
             yield lambda messages, prompt: _answer(_ask(process, [messages, prompt]))
         finally:
             process.kill()
+            with suppress(OSError):  # what a child that died has not read, and Popen would write once more
+                process.stdin.close()
 
 
 def _ask(process: subprocess.Popen[str], question: object) -> object:

@@ -23,10 +23,14 @@ def find_source(model: str, revision: str | None) -> Source:
     if not model.strip():
         raise UsageError("no model given", expected="a folder, a Hub id or `sample`", found=repr(model))
     try:
-        Path(model).expanduser().resolve()
+        name = Path(model).expanduser().resolve().name
     except (OSError, RuntimeError, ValueError) as error:  # the home folder of nobody, links in a circle, a NUL
         expected = "a folder, a Hub id or `sample`"
         raise UsageError("no such model", where=repr(model), expected=expected, found=str(error)) from error
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:  # it is written into artifacts and manifests
+        raise UsageError("the folder's name is not UTF-8", where=repr(model), mend="Rename the folder.") from error
     if model == SAMPLE:
         from tundish.sample import cached_sample  # its dependencies are needed for the sample alone
 

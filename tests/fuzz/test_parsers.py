@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -229,6 +230,19 @@ def rendered(folder: Path, template: str) -> str:
 
 def test_a_template_is_rendered_elsewhere_to_the_same(folder: Path) -> None:
     assert rendered(folder, TEMPLATE) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_child_that_dies_at_its_start_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def start_dead(command: list[str], **rest: Any) -> subprocess.Popen[str]:
+        process = start([sys.executable, "-c", ""], **rest)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_dead)
+    with pytest.raises(ModelError, match="too long or too much memory"):
+        rendered(folder, TEMPLATE)
 
 
 @pytest.mark.timeout(60)

@@ -24,7 +24,7 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model
 
-from converters.errors import ResourceError
+from converters.errors import ModelError, ResourceError
 from exporters.base import Target
 from exporters.onnx.data_file import external_tensor
 from tests.tundish.keys import write_keys
@@ -300,6 +300,30 @@ def test_status_2_bad_usage(tundish: Run, gguf_recipe: Path, poured: Path, tmp_p
 def test_status_2_a_name_that_no_file_has(tundish: Run, tmp_path: Path, command: str) -> None:
     more = ["hf://owner/name"] if command == "push" else []
     require_refusal(tundish(command, tmp_path / ("x" * 300), *more), 2, "cannot look at the path", "too long")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems whose names are UTF-8")
+@pytest.mark.parametrize("inside", [True, False])
+def test_status_2_a_name_that_is_not_utf8(
+    tundish: Run, gguf_recipe: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    model = tmp_path / os.fsdecode(b"ti\xffny")
+    shutil.copytree(checkpoint, model)
+    monkeypatch.chdir(model)
+    ended = tundish("build", gguf_recipe, "--model", "." if inside else model, "--out", tmp_path / "out")
+    require_refusal(ended, 2, "the folder's name is not UTF-8", "Rename the folder.")
+
+
+def test_a_strangers_words_in_an_error_are_one_plain_paragraph(
+    tundish: Run, gguf_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("the chat template\nsays \x1b[2J", where="a\u202eb", found="tabs\t\tand\x00\r\n\nlines\udcff")
+
+    monkeypatch.setattr("tundish.job.plan_job", refuse)
+    ended = tundish("plan", gguf_recipe)
+    assert ended.status == 3
+    assert ended.err == "tundish: the chat template says \ufffd[2J (a\ufffdb); found tabs and\ufffd lines\ufffd.\n"
 
 
 def test_status_2_a_recipe_with_a_mistake_names_its_line(tundish: Run, tmp_path: Path) -> None:
