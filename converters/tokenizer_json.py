@@ -6,6 +6,7 @@ import json
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from converters.errors import ModelError
 from converters.fast_tokenizer import SPACE
@@ -31,7 +32,16 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
         ) from error
     if not isinstance(found.model, BPE):  # without a type, it takes what is no sound BPE for a list of words
         raise ModelError("the tokenizer's model is damaged", where="tokenizer.json", expected="BPE", mend=_MEND)
+    unknown = found.model.unk_token
+    if unknown is not None and found.model.token_to_id(unknown) is None and not _has_all_bytes(found.model):
+        expected, what = f"{unknown!r} in the vocabulary", "the tokenizer has no token for what it does not know"
+        raise ModelError(what, where="tokenizer.json", expected=expected, mend=_MEND)
     return found
+
+
+def _has_all_bytes(model: BPE) -> bool:
+    """Whether every text can be spelled, so that nothing is unknown: by letters for bytes, as byte-level BPE has."""
+    return all(model.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
 
 
 def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:
