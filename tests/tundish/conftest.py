@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,14 @@ def poured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(folder / "int4.yaml", checkpoint, schemes=INT4)
     build(Choices(str(recipe), out=folder / "out", verify=False), QUIET)
     return folder / "out"
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a folder is replaced: as here, and as where names cannot be exchanged."""
+    if request.param == "two renames":
+        monkeypatch.setattr("tundish.publish.exchange", lambda one, other: False)
+    elif sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    way: str = request.param
+    return way

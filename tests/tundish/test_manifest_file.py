@@ -13,7 +13,7 @@ import pytest
 from converters.errors import UsageError
 from exporters.base import Target
 from exporters.registry import EXPORTERS
-from tests.tundish.test_publish import old_build
+from tests.tundish.old_build import old_build
 from tundish.cards import model_card
 from tundish.manifest_file import read_manifest, write_manifest
 from tundish.report import write_report
