@@ -68,6 +68,8 @@ def _acquire(path: Path, out: Path, say: Callable[[str], None]) -> int | None:
         except OSError as error:
             if error.errno in (errno.EISDIR, errno.ELOOP):
                 raise _no_lock(path, error.strerror or str(error)) from error
+            if isinstance(error, PermissionError) and os.path.lexists(path):
+                say(f"warning: nothing keeps a second build of {out} off: another user's {path.name} cannot be read")
             return None  # whoever writes beside `out` is told why that cannot be
         try:
             if not _is_lock(descriptor):

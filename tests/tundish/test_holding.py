@@ -150,6 +150,19 @@ def test_another_users_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
         assert f"process {process.pid}" in said[0]
 
 
+def test_a_lock_that_cannot_be_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *arguments: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / ".out.lock").touch()
+    monkeypatch.setattr(os, "open", refuse)
+    said: list[str] = []
+    with holding(tmp_path / "out", said.append):
+        pass
+    what = f"warning: nothing keeps a second build of {tmp_path / 'out'} off"
+    assert said == [f"{what}: another user's .out.lock cannot be read"]
+
+
 def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
