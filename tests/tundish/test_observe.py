@@ -106,6 +106,7 @@ def test_a_failure_is_told_and_counted(tmp_path: Path, fails: Callable[[], None]
     gates = [event for event in told if event["event"] == "gate"]
     assert [(gate["gate"], gate["figure"]) for gate in gates] == ([("kl", 0.5)] if fails is missed_gate else [])
     assert told[-1]["event"] == "failed" and told[-1]["status"] == status
+    assert (told[-1]["message"] == "interrupted by SIGINT") == (fails is interrupted)
     text = metrics.read_text()
     assert f'tundish_failures_total{{command="build",model="m",recipe="r",status="{status}"}} 1.0' in text
     assert ('tundish_gate_figure{gate="kl"' in text) == (fails is missed_gate)

@@ -26,7 +26,7 @@ from tundish.disk import replace_file
 from tundish.gates import record_results
 from tundish.integrity import Signature, require_intact
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, read_manifest
-from tundish.papers import sign_build, write_papers
+from tundish.papers import sign_build, sign_folder, write_papers
 from tundish.publish import require_replaceable, restore
 from tundish.push import Push, push
 from tundish.recheck import verify_again
@@ -128,6 +128,18 @@ def test_what_was_checked_is_what_is_signed(built: Path, tmp_path: Path, monkeyp
     assert base64.b64decode(json.loads((built / SIGNATURE).read_bytes())["payload"]) == checked
     with pytest.raises(GateError, match=f"files differ.*found {PROVENANCE}"):
         require_intact(built, 1, tmp_path / "key.pub")
+
+
+def test_only_the_build_that_is_meant_is_signed(built: Path, tmp_path: Path) -> None:
+    """As a matrix has it: another may have taken the place. And what nobody measured is told."""
+    signer, manifest, said = load_signer(write_keys(tmp_path, "key")), read_manifest(built), list[str]()
+    assert signer is not None
+    with pytest.raises(GateError, match="another build took the place"):
+        sign_folder(built, signer, 1, said.append, {**manifest, "recipe_digest": "00"})
+    assert not (built / SIGNATURE).exists() and not said
+    sign_folder(built, signer, 1, said.append, manifest)
+    assert said == ["warning: what is signed was not verified: gguf, onnx, openvino, mlx"]
+    assert require_intact(built, 1, tmp_path / "key.pub").signature is Signature.VALID
 
 
 def test_a_manifest_that_changes_after_its_digest_was_taken(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
