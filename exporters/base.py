@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from exporters.card import Card as Card
 from exporters.options import Activations as Activations
@@ -108,6 +108,20 @@ class Semantics:
     exact_to: int
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A kind of text that a container cannot hold as the model's own tokenizer does, however its files are written.
+
+    `name` is short and stable, for manifests; `sentence` tells a user what happens to which text. `applies` says
+    whether a text is of this kind. Verification counts such texts apart; any other that differs fails.
+    """
+
+    name: str
+    sentence: str
+    of: Literal["encoding", "decoding", "chat"]
+    applies: Callable[[str], bool]
+
+
 class Runtime(Protocol):
     """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
 
@@ -144,6 +158,10 @@ class Exporter(Protocol):
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         """How this artifact treats LongRoPE, windows and the context limit, and what else is known to differ."""
+        ...
+
+    def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        """What this container cannot hold of this model's tokenizer and chat template, as kinds of text."""
         ...
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:

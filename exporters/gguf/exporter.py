@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
-from exporters.base import Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import Card, Difference, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
 from exporters.gguf import examine
 from exporters.gguf.modelfile import MODELFILE, modelfile
 from exporters.options import GgufOptions
@@ -56,6 +56,9 @@ class GgufExporter:
         from exporters.gguf.context import semantics
 
         return semantics(model)
+
+    def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        return ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

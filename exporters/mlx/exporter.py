@@ -9,7 +9,19 @@ from pathlib import Path
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from converters.role import Role
-from exporters.base import BigFile, Card, Layout, Model, Place, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import (
+    BigFile,
+    Card,
+    Difference,
+    Layout,
+    Model,
+    Place,
+    Runtime,
+    Semantics,
+    Target,
+    TargetOptions,
+    TensorRow,
+)
 from exporters.mlx.config import check_config, model_config, semantics
 from exporters.mlx.examine import devices, tensors
 from exporters.mlx.modules import (
@@ -79,6 +91,9 @@ class MlxExporter:
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         return semantics(model)
+
+    def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        return ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Matrices as mlx loads and dequantizes them in float32, one module at a time."""

@@ -11,7 +11,18 @@ from converters.graph import Weight
 from converters.ops import Attention
 from converters.quantize.scheme import NumberType
 from converters.quantize.tensor import F32
-from exporters.base import Activations, Card, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
+from exporters.base import (
+    Activations,
+    Card,
+    Difference,
+    Layout,
+    Model,
+    Runtime,
+    Semantics,
+    Target,
+    TargetOptions,
+    TensorRow,
+)
 from exporters.onnx import examine
 from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
@@ -69,6 +80,9 @@ class OnnxExporter:
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
         return Semantics(_sentence(model, resolve_settings(model, options)), 1, model.context_length)
+
+    def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        return ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.onnx.read_back import read_matrices  # needs onnx

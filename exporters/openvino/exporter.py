@@ -16,6 +16,7 @@ from exporters.base import (
     Activations,
     BigFile,
     Card,
+    Difference,
     Layout,
     Model,
     Place,
@@ -95,6 +96,9 @@ class OpenvinoExporter:
                 "keeps the earlier tokens' short factors in its cache."
             )
         return Semantics(sentence, 1, context)
+
+    def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        return ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.openvino.read_back import read_matrices
