@@ -45,6 +45,7 @@ class Request:
     schemes: dict[str, str]  # of the weights, by name: a budget may have chosen them
     folder: str
     texts: list[str]
+    token_ids: list[list[int]]  # to decode
     sequences: str
     long_sequences: str | None
     tail: int
@@ -70,7 +71,11 @@ def run(request: Request) -> None:
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
     emit("open", versions=package_versions(exporter.runtime_requires))
-    emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
+    emit(
+        "tokens",
+        ids=[runtime.tokenize(text) for text in request.texts],
+        decoded=[runtime.decode(ids) if ids else "" for ids in request.token_ids],
+    )
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
     emit("logits")

@@ -60,6 +60,10 @@ class LlamaCpp:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
         return self._tokenize(text, add_special=True)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """By llama_detokenize, which knows where a text begins; what prints token by token has no such call."""
+        return self._detokenize(token_ids)
+
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
         pending = self._prompt_ids(prompt)

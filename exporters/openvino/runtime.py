@@ -52,6 +52,9 @@ class OpenvinoRuntime:
     def tokenize(self, text: str) -> list[int]:
         return _ids(self._tokenizer.encode(text))
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids)))
+
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         # A rendered prompt has the special tokens it needs: the pipeline itself leaves them out after its template too.
         prompt_ids = self._tokenizer.encode(prompt, add_special_tokens=False)
