@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from converters.config import RopeKind
 from exporters.base import Model, Semantics
-from exporters.gguf.vocab import known_differences
 
 CONTEXT_MULTIPLE = 256  # llama-context.cpp rounds a context up to this
 
@@ -29,7 +28,6 @@ def semantics(model: Model) -> Semantics:
             f"llama.cpp ignores the model's sliding window of {window} tokens: longer sequences get full attention"
         )
         exact_to = window
-    parts += (sentence.removesuffix(".") for sentence in known_differences(model.tokenizer))
     return Semantics("; ".join(parts) + ".", exact_from, exact_to)
 
 

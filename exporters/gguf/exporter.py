@@ -58,7 +58,10 @@ class GgufExporter:
         return semantics(model)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        """What llama.cpp does otherwise with this tokenizer's texts, whatever the file says."""
+        from exporters.gguf.differences import tokenizer_differences
+
+        return tokenizer_differences(model.tokenizer)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

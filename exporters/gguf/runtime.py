@@ -61,8 +61,10 @@ class LlamaCpp:
         return self._tokenize(text, add_special=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """By llama_detokenize, which knows where a text begins; what prints token by token has no such call."""
-        return self._detokenize(token_ids)
+        """By llama_detokenize, which knows where a text begins. What prints nothing is left out before, as an answer has
+        none of it: only of the first token, whichever it is, does llama.cpp leave out the space."""
+        printed = [token for token in token_ids if not self._c.llama_vocab_is_control(self._vocab, token)]
+        return self._detokenize(printed) if printed else ""
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
