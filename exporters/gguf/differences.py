@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from unicodedata import category
 
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from converters.tokenizer_json import ensure_tokenizer_json
@@ -60,11 +61,14 @@ def _added_tokens(tokenizer: Tokenizer, added: list[Token]) -> Iterator[Differen
     words = [token.text for token in added if token.single_word]
     if words:
         sentence = f"Within a word, {_some(words)} is text in the model and a token in llama.cpp."
-        yield Difference("token within a word", sentence, "encoding", _finds(rf"\w{_any(words)}|{_any(words)}\w"))
+        yield Difference("token within a word", sentence, "encoding", _touches_a_word(_any(words)))
     normalized = [token.text for token in added if token.normalized]
     if normalized and tokenizer.kind is TokenizerKind.SENTENCEPIECE:
         sentence = f"The model looks for {_some(normalized)} in normalized text, where spaces are {SPACE}."
         yield Difference("normalized token", sentence, "encoding", _finds(_any(normalized)))
+        if '"Prepend"' in ensure_tokenizer_json(tokenizer):
+            sentence = f"The model prints a space before {_some(normalized)}, which llama.cpp does not."
+            yield Difference("normalized token, printed", sentence, "decoding", _finds(_any(normalized)))
 
 
 def _named_control(tokenizer: Tokenizer) -> Iterator[Difference]:
@@ -72,29 +76,36 @@ def _named_control(tokenizer: Tokenizer) -> Iterator[Difference]:
     if plain:
         sentence = f"llama.cpp takes {_some(plain)} for control tokens because of their text."
         yield Difference("control by name", sentence, "encoding", _finds(_any(plain)))
-    named = [*plain, *(t.text for t in tokenizer.tokens if t.type is TokenType.USER_DEFINED and t.text in CONTROL_TEXTS)]
+    named = [
+        *plain,
+        *(t.text for t in tokenizer.tokens if t.type is TokenType.USER_DEFINED and t.text in CONTROL_TEXTS),
+    ]
     if named:
         sentence = f"llama.cpp prints nothing for {_some(named)}, which it takes for control tokens."
         yield Difference("control by name, printed", sentence, "decoding", _finds(_any(named)))
 
 
 def _spaces(tokenizer: Tokenizer, added: list[Token]) -> Iterator[Difference]:
-    prefix = tokenizer.space_prefix
-    if tokenizer.kind is not TokenizerKind.SENTENCEPIECE or prefix is SpacePrefix.NEVER:
+    if tokenizer.kind is not TokenizerKind.SENTENCEPIECE:
         return
+    prefix, file = tokenizer.space_prefix, ensure_tokenizer_json(tokenizer)
     after = _any(token.text for token in added)
+    unprinted = _any(token.text for token in added if token.type is not TokenType.USER_DEFINED)
     if prefix is SpacePrefix.FIRST:
         sentence = (
             "The model wants a space in front of a text that does not begin with a special token, and there only; "
             "llama.cpp can add it everywhere or nowhere, and here adds none."
         )
         yield Difference("first space", sentence, "encoding", _finds(rf"\A(?!{after})(?![ {SPACE}])[\s\S]"))
-        sentence = "llama.cpp prints the space in front of a text that does not begin with a special token."
-        yield Difference("first space, printed", sentence, "decoding", _finds(r"\A[\s\S]"))
-    elif '"Metaspace"' in ensure_tokenizer_json(tokenizer):
+        sentence = "llama.cpp prints the space that the model has in front of a text."
+        shown = rf"\A(?!{after})[\s\S]|\A{unprinted}+[ {SPACE}]"
+        yield Difference("first space, printed", sentence, "decoding", _finds(shown))
+    elif prefix is SpacePrefix.NEVER and '"Strip"' in file:
+        sentence = "The model's decoder leaves out a space at the start of a text; llama.cpp prints it."
+        yield Difference("first space, printed", sentence, "decoding", _finds(rf"\A{unprinted}*[ {SPACE}]"))
+    elif prefix is SpacePrefix.ALWAYS and '"Metaspace"' in file:
         sentence = "Before a text or a part of it that begins with a space, the model adds none; llama.cpp adds one."
-        start = rf"(?:\A|{after})[ {SPACE}]"
-        yield Difference("space before a space", sentence, "encoding", _finds(start))
+        yield Difference("space before a space", sentence, "encoding", _finds(rf"(?:\A|{after})[ {SPACE}]"))
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, row: PreTokenizerRow, added: list[Token]) -> Iterator[Difference]:
@@ -113,12 +124,32 @@ def _pre_tokenizer(tokenizer: Tokenizer, row: PreTokenizerRow, added: list[Token
             "llama_detokenize leaves out the space before . , ! ? 's 'm 're 've and around a lone '; what prints "
             "token by token, as llama-cli and llama-server do, keeps it."
         )
-        yield Difference("spaces cleaned", sentence, "decoding", lambda text: bool(CLEANED.search(control.sub("", text))))
+        yield Difference(
+            "spaces cleaned", sentence, "decoding", lambda text: bool(CLEANED.search(control.sub("", text)))
+        )
 
 
 def _finds(pattern: str) -> Callable[[str], bool]:
     compiled = re.compile(pattern)
     return lambda text: compiled.search(text) is not None
+
+
+def _touches_a_word(pattern: str) -> Callable[[str], bool]:
+    """Whether a letter, digit, mark or joiner is next to a match: what the tokenizers library takes for a word's."""
+    compiled = re.compile(pattern)
+
+    def applies(text: str) -> bool:
+        neighbours = (
+            text[max(found.start() - 1, 0) : found.start()] + text[found.end() : found.end() + 1]
+            for found in compiled.finditer(text)
+        )
+        return any(_in_a_word(letter) for letters in neighbours for letter in letters)
+
+    return applies
+
+
+def _in_a_word(letter: str) -> bool:
+    return letter.isalnum() or category(letter)[0] == "M" or category(letter) == "Pc" or letter in "\u200c\u200d"
 
 
 def _any(texts: Iterable[str]) -> str:

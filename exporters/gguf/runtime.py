@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from ctypes import c_int8, c_int32
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from exporters.gguf.llama_api import (
     load_library,
 )
 
+NEVER_PRINTED = 1 << 0 | 1 << 3  # llama.h: LLAMA_TOKEN_ATTR_UNKNOWN, LLAMA_TOKEN_ATTR_CONTROL
 BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at once
 
 
@@ -61,10 +63,8 @@ class LlamaCpp:
         return self._tokenize(text, add_special=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """By llama_detokenize, which knows where a text begins. What prints nothing is left out before, as an answer has
-        none of it: only of the first token, whichever it is, does llama.cpp leave out the space."""
-        printed = [token for token in token_ids if not self._c.llama_vocab_is_control(self._vocab, token)]
-        return self._detokenize(printed) if printed else ""
+        """The text of ids without special tokens, by llama_detokenize."""
+        return detokenize(self._c, self._vocab, token_ids)
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
@@ -80,7 +80,7 @@ class LlamaCpp:
             answer.append(token)
             pending = [token]
             stopped = bool(self._c.llama_vocab_is_eog(self._vocab, token))
-        return Answer(tuple(answer), self._detokenize(answer), stopped)
+        return Answer(tuple(answer), self.decode(answer), stopped)
 
     def _find_smallest_context(self) -> int:
         arch = self._metadata("general.architecture")
@@ -114,17 +114,6 @@ class LlamaCpp:
             count = self._c.llama_tokenize(self._vocab, data, len(data), ids, size, add_special, True)
         return list(ids[:count])
 
-    def _detokenize(self, token_ids: Sequence[int]) -> str:
-        ids = (c_int32 * len(token_ids))(*token_ids)
-        size = 16 * len(token_ids) + 16
-        text = ctypes.create_string_buffer(size)
-        count = self._c.llama_detokenize(self._vocab, ids, len(token_ids), text, size, False, False)
-        if count < 0:
-            size = -count
-            text = ctypes.create_string_buffer(size)
-            count = self._c.llama_detokenize(self._vocab, ids, len(token_ids), text, size, False, False)
-        return text.raw[:count].decode(errors="replace")
-
     def _begin(self, length: int) -> None:
         """An empty context for `length` tokens; allocated anew if the present one has another size."""
         capacity = allocated_context(max(length, self._smallest_context))
@@ -156,3 +145,23 @@ class LlamaCpp:
 
     def _failure(self, what: str, where: str) -> GateError:
         return GateError(what, where=where, found=" / ".join(list(self._lib.log)[-4:]) or "no message from llama.cpp")
+
+
+def detokenize(functions: Any, vocab: int, token_ids: Sequence[int]) -> str:
+    """The text of ids by llama_detokenize, which knows where a text begins.
+
+    What prints nothing is left out before: llama.cpp leaves out the model's own space of the first token alone, even if
+    that one prints nothing.
+    """
+    printed = [token for token in token_ids if not functions.llama_vocab_get_attr(vocab, token) & NEVER_PRINTED]
+    if not printed:
+        return ""
+    ids = (c_int32 * len(printed))(*printed)
+    size = 16 * len(printed) + 16
+    text = ctypes.create_string_buffer(size)
+    count = functions.llama_detokenize(vocab, ids, len(printed), text, size, False, False)
+    if count < 0:
+        size = -count
+        text = ctypes.create_string_buffer(size)
+        count = functions.llama_detokenize(vocab, ids, len(printed), text, size, False, False)
+    return text.raw[:count].decode(errors="replace")
