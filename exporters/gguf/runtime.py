@@ -31,6 +31,8 @@ class LlamaCpp:
     contexts here are as small as a sequence needs, but on the same side of the original context as the file's own.
     """
 
+    note = ""
+
     def __init__(self, path: Path) -> None:
         self._lib = load_library()
         self._c = self._lib.functions

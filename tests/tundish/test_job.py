@@ -63,6 +63,10 @@ def test_every_gate_in_every_runtime(fp32_build: tuple[Path, dict[str, Any]]) ->
     for target in Target:
         results = gates(manifest, target)
         assert results["codes"]["passed"] and results["tokens"]["passed"] and results["runtime"]["passed"]
+        for state in ("state", "state past 256 tokens"):
+            assert results[state]["passed"] and results[state]["figure"] < 1e-9, (target, results[state])
+        assert results["chat as opened"]["passed"] and results["chat as opened past 256 tokens"]["passed"]
+        assert results["as opened"]["figure"] is not None
     # Both sides of the boundary where the artifact claims both, the far side alone where it claims that.
     beyond = "kl past the LongRoPE boundary"
     for target in (Target.ONNX, Target.OPENVINO):
