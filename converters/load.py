@@ -20,6 +20,9 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, TensorTable], Graph]] = {
 
 
 def load_graph(folder: Path) -> Graph:
-    """The graph of a checkpoint; reads headers and config.json, no weights. ModelError if anything does not fit."""
+    """The graph of a checkpoint; reads headers and config.json, no weights. ModelError if anything does not fit.
+
+    Its LongRoPE is that of texts within the original context; converters.passes.context makes it that of longer ones.
+    """
     config = read_config(folder)
     return ARCHITECTURES[config.family](config, TensorTable(open_checkpoint(folder)))

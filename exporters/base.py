@@ -100,11 +100,10 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Semantics:
-    """How an artifact treats its context: a sentence for the manifest, and the sequence lengths at which it computes
-    what the model itself computes. LongRoPE makes these differ between runtimes."""
+    """How an artifact treats its context: a sentence for the manifest, and the length up to which sequences are
+    computed as the model computes them in this context."""
 
     sentence: str
-    exact_from: int
     exact_to: int
 
 

@@ -133,7 +133,7 @@ def judge(
     opened = _load(folder, "state-opened")
     first = spoken[""]["first"]
     divergence = _compare([(np.load(reference, mmap_mode="r")[:first], opened[:first])])
-    results.append(_opened_gate(gates, divergence, claims.exact_from <= len(spoken[""]["said"]) <= claims.exact_to))
+    results.append(_opened_gate(gates, divergence, len(spoken[""]["said"]) <= claims.exact_to))
     results.append(_chat_gate(CHAT, spoken[""], opened[first - 1 :]))
     if boundary is not None:
         results.append(
@@ -183,7 +183,7 @@ def _opened_gate(gates: Gates, divergence: Divergence, judged: bool) -> Gate:
         return Gate(AS_OPENED, False, None, most, f"its logits are not finite when opened as users open it{_MEND}")
     detail = f"{divergence.positions} positions, top-1 {divergence.top1:.1%}"
     if not judged:
-        return Gate(AS_OPENED, None, divergence.kl_mean, detail=f"{detail}: not what the artifact claims so early")
+        return Gate(AS_OPENED, None, divergence.kl_mean, detail=f"{detail}: beyond what the artifact claims")
     if divergence.top1 < least:  # which no figure shows beside the threshold
         return Gate(AS_OPENED, False, None, None, f"{detail}, at least {least:.1%} expected")
     passed = None if most is None else divergence.kl_mean <= most

@@ -21,7 +21,7 @@ from tundish.results import Gate
 from tundish.state_gate import exercise, judge, pieces_of
 
 VOCAB = 50
-WHOLE = Semantics("", 1, 1000)
+WHOLE = Semantics("", 1000)
 GATES = Gates(kl=0.01, top1=0.9)
 
 
@@ -140,9 +140,9 @@ def test_what_is_wrong_fails(runtime: Exact, failed: set[str], word: str, tmp_pa
 
 
 def test_what_an_artifact_does_not_claim_is_not_judged_but_has_to_be_finite(tmp_path: Path) -> None:
-    late = Semantics("", 100, 1000)
-    assert judged(Rough(), tmp_path, claims=late)["as opened"].passed is None
-    gate = judged(Overflowing(), tmp_path, claims=late)["as opened"]
+    short = Semantics("", 40)
+    assert judged(Rough(), tmp_path, claims=short)["as opened"].passed is None
+    gate = judged(Overflowing(), tmp_path, claims=short)["as opened"]
     assert gate.passed is False and "fp32 activations" in gate.detail
 
 
