@@ -122,7 +122,12 @@ class Difference:
 
 
 class Runtime(Protocol):
-    """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
+    """An artifact opened in the runtime it was made for. Verification gives it a process of its own.
+
+    `note` tells in the manifest what is not computed by the runtime itself; empty if all of it is.
+    """
+
+    note: str
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""

@@ -292,7 +292,7 @@ class Gates(_Part):
     codes_equal: Flag = Field(default=True, description="weights read back from the artifact equal what was quantized")
     stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
     state: Nats = Field(
-        default=0.01,
+        default=0.03,
         description="highest mean KL divergence from one pass of reading in pieces, in turns or in a batch, in nats",
     )
     as_opened_kl: Nats | None = Field(

@@ -281,7 +281,8 @@ def _verify_target(
     if ending.failure:
         results.append(Gate("runtime", False, detail=f"the runtime process {ending.failure}"))
     else:
-        results.append(Gate("runtime", True, detail="opened, ran and closed"))
+        note = events["open"]["note"]
+        results.append(Gate("runtime", True, detail="opened, ran and closed" + (f"; {note}" if note else "")))
     divergence = None
     if "codes" in events and gates.codes_equal:
         results.append(_codes_gate(digests, events["codes"]["digests"]))

@@ -71,7 +71,7 @@ def run(request: Request) -> None:
     digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
-    emit("open", versions=package_versions(exporter.runtime_requires))
+    emit("open", versions=package_versions(exporter.runtime_requires), note=runtime.note)
     emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))

@@ -27,6 +27,8 @@ BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at o
 class LlamaCpp:
     """Implements exporters.base.Runtime. Contexts are as small as a sequence needs."""
 
+    note = ""
+
     def __init__(self, path: Path) -> None:
         self._lib = load_library()
         self._c = self._lib.functions
