@@ -215,8 +215,8 @@ def _parse(family: str, keys: Keys, rope: Keys, generation: Generation) -> Model
 def _notes(family: config_keys.Family, keys: Keys, rope: Keys) -> Iterator[str]:
     unread = config_keys.unread_keys(family, keys.raw)
     if unread:
-        shown = ", ".join(config_keys.shown(key) for key in unread)
-        yield f"{FILE}: ignored, as transformers' class of {family.causal_lm} declares no such key: {shown}"
+        names = config_keys.listed(unread)
+        yield f"{FILE}: ignored, as transformers' config class of {family.causal_lm} declares no such key: {names}"
     if keys.get("use_sliding_window") is False and keys.get("sliding_window") is not None:
         yield f"{FILE}: use_sliding_window is false, so sliding_window is not applied"
     yield from rope.notes

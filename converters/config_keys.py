@@ -233,6 +233,12 @@ def check_rope_keys(kind: str, raw: Mapping[str, Json], where: str) -> None:
         )
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names as a message shows them: the first ones."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
+
+
 def shown(value: Json) -> str:
     """A value as a message shows it: short."""
     text = repr(value)

@@ -80,6 +80,7 @@ class Plan:
     assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
     cached: bool = False  # the calibration
     scratch: int = 0  # in the cache until the calibration is done, and nothing is written beside --out
+    remarks: tuple[str, ...] = ()  # on the model, for people
 
     @property
     def disk(self) -> int:

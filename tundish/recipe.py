@@ -514,11 +514,10 @@ def _find(name_or_path: str | Path) -> Path:
     if text in names:
         return LIBRARY / (text + SUFFIX)
     near = get_close_matches(text, names, 1)
-    mend = f"Did you mean {near[0]}? " if near else ""
     raise UsageError(
-        f"unknown recipe {text!r}",
+        f"unknown recipe {text!r}" + (f", did you mean {near[0]}?" if near else ""),
         expected="one of " + ", ".join(names),
-        mend=mend + f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
+        mend=f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
     )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,10 @@ def rewrite_config(folder: Path, **settings: object) -> Path:
     return folder
 
 
-def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # of torch's tensors by name
+
+
+def rewrite_tensors(folder: Path, change: Change) -> Path:
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
@@ -153,7 +157,7 @@ def test_head_alone_is_the_embedding_too(tmp_path: Path) -> None:
     assert [node.name for node in graph.consumers("embedding")] == ["embedded", "logits"]
 
 
-def renamed(rename: Callable[[str], str]) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def renamed(rename: Callable[[str], str]) -> Change:
     return lambda tensors: {rename(name): tensor for name, tensor in tensors.items()}
 
 

@@ -69,7 +69,7 @@ def test_float64_is_read_as_float32(tmp_path: Path) -> None:
     wide = np.linspace(-1, 1, 24).reshape(6, 4) ** 3
     save_file({"a": wide, "b": B}, tmp_path / "model.safetensors")
     tensor = open_checkpoint(tmp_path)["a"]
-    assert (tensor.dtype, tensor.nbytes) == (np.float32, 192)
+    assert (tensor.dtype, tensor.nbytes) == (np.dtype(np.float32), 192)
     assert np.array_equal(tensor.read(2, 5), wide[2:5].astype(np.float32))
     assert tensor.read(2, 5).dtype == np.float32
 
