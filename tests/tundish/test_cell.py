@@ -33,7 +33,7 @@ def test_a_cell_whose_runtime_came_meanwhile_is_built_anew(
 
     def stands() -> dict[str, Any]:
         (cell,) = run(request("survey", recipe, checkpoint), TELL_NOBODY)["cells"]
-        return cell
+        return dict(cell)
 
     needs("no_such_runtime")
     assert stands()["why"] == "no build there"
