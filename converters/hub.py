@@ -109,7 +109,7 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     if response is not None:
-        return f"HTTP status {response.status_code} {response.reason or ''}".rstrip()
+        return f"HTTP status {response.status_code} {response.reason_phrase}".rstrip()
     text = str(cause).strip()
     if "timed out" in text:
         return "no answer in time"

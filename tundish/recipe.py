@@ -287,6 +287,14 @@ class Gates(_Part):
     )
     codes_equal: Flag = Field(default=True, description="weights read back from the artifact equal what was quantized")
     stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
+    state: Nats = Field(
+        default=0.01,
+        description="highest mean KL divergence from one pass of reading in pieces, in turns or in a batch, in nats",
+    )
+    as_opened_kl: Nats | None = Field(
+        default=None,
+        description="highest mean KL divergence as users open it, in nats; without one twice `kl` and 0.05",
+    )
     longrope_boundary: Flag = Field(
         default=True, description="kl on both sides of LongRoPE's original context, if claimed"
     )
@@ -307,6 +315,8 @@ class GatesOverride(_Part):
     tokens: Fraction | None = None
     codes_equal: Flag | None = None
     stops: Flag | None = None
+    state: Nats | None = None
+    as_opened_kl: Nats | None = None
     longrope_boundary: Flag | None = None
 
 

@@ -33,6 +33,7 @@ from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
 from tundish.recipe import Gates, Recipe
 from tundish.results import AGREEMENT, NOT_FINITE, Gate, TargetResult, measured
+from tundish.state_gate import boundary_of, judge, state_positions
 from tundish.worker import Request
 
 LONG_GATE = "kl past the LongRoPE boundary"
@@ -138,7 +139,8 @@ def verifying_bytes(model: Model, recipe: Recipe) -> int:
     """Bytes that `verify` has on the disk at most: float32 logits of the reference and of one artifact."""
     sequences, length = evaluation_shape(recipe, model.context_length)
     positions = sequences * length + (0 if long_length(model) is None else LONG_TAIL)
-    return 2 * 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
+    positions = 2 * positions + state_positions(model)
+    return 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
 
 
 def long_length(model: Model) -> int | None:
@@ -234,6 +236,7 @@ def _verify_target(
         beyond = beyond if claimed and settings.gates.longrope_boundary else None
     if beyond is not None:
         np.save(folder / "long.npy", beyond)
+    boundary = boundary_of(model) if settings.gates.longrope_boundary else None
     request = Request(
         target=exporter.target,
         artifact=str(artifact),
@@ -245,6 +248,7 @@ def _verify_target(
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
+        boundary=boundary,
         question=settings.answer.prompt,
         max_tokens=settings.answer.max_tokens,
     )
@@ -270,6 +274,8 @@ def _verify_target(
             results += _logit_gates(gates, divergence)
         else:
             results.append(_outside(divergence, sequences.shape[1], semantics))
+    if "state" in events:
+        results += judge(gates, events["state"], reference.logits[0], boundary, folder, semantics)
     if "answer" in events and gates.stops:
         answer = events["answer"]
         results.append(Gate("stops", answer["stopped"], detail=_answer_detail(answer)))
