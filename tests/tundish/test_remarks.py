@@ -21,6 +21,7 @@ from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.recipe import load_recipe
 from tundish.remarks import remarks, try_template
+from tundish.report import write_report
 from tundish.watcher import Watcher
 
 
@@ -94,7 +95,9 @@ def test_notes_reach_terminal_plan_and_manifest(folder: Path, tmp_path: Path) ->
     choices = Choices(str(recipe), out=tmp_path / "out")
     (remark,) = plan_job(choices, watcher)[1].remarks
     assert "'_unsloth', 'my_note'" in remark
-    assert build(choices, watcher)["remarks"] == [remark]
+    manifest = build(choices, watcher)
+    assert manifest["remarks"] == [remark]
+    assert f"| {remark} |" in write_report(manifest)
     assert said.count(f"note: {remark}") == 2
 
 
