@@ -264,6 +264,10 @@ class Evaluation(_Part):
 
     sequences: Count = 4
     length: Count = 256
+    teraflops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="most arithmetic of a pass over the text, 2 operations a weight and token; larger models read less",
+    )
 
 
 class Question(_Part):
@@ -305,6 +309,7 @@ class EvaluationOverride(_Part):
 
     sequences: Count | None = None
     length: Count | None = None
+    teraflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class GatesOverride(_Part):
