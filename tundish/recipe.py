@@ -530,7 +530,8 @@ def _find(name_or_path: str | Path) -> Path:
         return LIBRARY / (text + SUFFIX)
     near = get_close_matches(text, names, 1)
     raise UsageError(
-        f"unknown recipe {text!r}" + (f", did you mean {near[0]}?" if near else ""),
+        f"unknown recipe {text!r}",
+        where=f"did you mean {near[0]}?" if near else None,
         expected="one of " + ", ".join(names),
         mend=f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
     )
