@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_int8, c_int32
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from converters.errors import GateError
 from converters.quantize.tensor import F32
 from exporters.base import Answer
+from exporters.gguf.chat import ChatServer
 from exporters.gguf.context import allocated_context
 from exporters.gguf.llama_api import (
     FLASH_ATTENTION_OFF,
@@ -59,6 +61,15 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
         return self._tokenize(text, add_special=True)
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        return self._chat.render(messages, tools, prompt)
+
+    @cached_property
+    def _chat(self) -> ChatServer:
+        return ChatServer(self._path)
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
