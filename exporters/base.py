@@ -130,6 +130,24 @@ class Runtime(Protocol):
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
         ...
 
+    def continued(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] as `logits` has it, for a sequence that is read piece after piece from an empty cache."""
+        ...
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[F32]:
+        """f32[length, vocab] of each sequence, computed together: all but their last tokens, padded as the runtime
+        does it where they have other lengths, then the last ones, from what is cached."""
+        ...
+
+    def as_opened(self, token_ids: Sequence[int]) -> F32:
+        """As `logits`, but with the types and approximations that the runtime has when users open the artifact."""
+        ...
+
+    def converse(self, turns: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers of at most `count` tokens to each turn, opened as users open it. A turn continues what was
+        said before, and the runtime keeps its state in between as it does in a chat."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens in it are recognized, and BOS is added where the model wants one."""
         ...

@@ -38,13 +38,13 @@ from tundish.scratch import temporary_folder
 from tundish.settle import with_recorded_schemes
 from tundish.text_files import Conversation, read_texts, text_files
 from tundish.user_path import expanded
-from tundish.verify import cut, divergence_of, missing_runtime, reference_logits, stream_of
+from tundish.verify import cut, divergence_of, missing_runtime, reference_logits, stream_of, text_shape
 
 REPORT, PICTURE = "compare.md", "compare.svg"
 TIMED_TOKENS = 33  # the first is not counted: the prompt's time is in it
 SPEED = (
     f"tokens/s: {TIMED_TOKENS - 1} greedy tokens after a short prompt, one sequence, on this machine. Runtimes run as "
-    "verification opens them, with their approximations off (float32 caches; MLX on a CPU computes in float32): that "
+    "verification opens them, with their approximations off (float32 caches; MLX on a CPU has numpy multiply): that "
     "ranks artifacts of one container, and is no benchmark of runtimes."
 )
 
@@ -227,7 +227,8 @@ def _evaluation(asked: Comparison, artifacts: Sequence[Artifact], models: Mappin
     first = artifacts[0]
     text = first.build.recipe.verify.for_target(first.target).text
     shortest = min(artifacts, key=lambda artifact: models[artifact.build.folder].context_length)
-    context = models[shortest.build.folder].context_length
+    model = models[shortest.build.folder]
+    context = model.context_length
     if asked.length is not None and asked.length > context:
         raise UsageError(
             "--length is longer than an artifact's context",
@@ -235,7 +236,8 @@ def _evaluation(asked: Comparison, artifacts: Sequence[Artifact], models: Mappin
             expected=f"at most {context} tokens",
             found=str(asked.length),
         )
-    return asked.sequences or text.sequences, asked.length or min(text.length, context)
+    sequences, length = text_shape(text, model)
+    return asked.sequences or sequences, asked.length or length
 
 
 def _time_limit(artifacts: Iterable[Artifact]) -> int:

@@ -29,6 +29,7 @@ from tundish.digest import digest_of
 from tundish.letters import use_plain_letters
 from tundish.model import open_model
 from tundish.recipe import Recipe
+from tundish.state_gate import exercise
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Request:
     """What the child is asked. Paths are strings since it travels as JSON.
 
     `sequences` and `long_sequences` name .npy files of i64[n, length]; of long ones only the last `tail` positions'
-    logits are written. `conversations` are indices of tundish.conversations.CONVERSATIONS.
+    logits are written. `boundary` is the length on both sides of which state is tried too. `conversations` are indices
+    of tundish.conversations.CONVERSATIONS.
     """
 
     target: str
@@ -50,6 +52,7 @@ class Request:
     sequences: str
     long_sequences: str | None
     tail: int
+    boundary: int | None
     question: str
     max_tokens: int
 
@@ -77,6 +80,8 @@ def run(request: Request) -> None:
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
     emit("logits")
+    sequences = np.load(request.sequences).tolist()
+    emit("state", **exercise(runtime, sequences, model.context_length, request.boundary, folder))
     if model.tokenizer.chat_template is not None:
         # Here and not in the parent: a template is a program from the checkpoint, and this process has a time limit.
         with chat_renderer(model.tokenizer) as render:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from ctypes import c_int8, c_int32
+from ctypes import POINTER, c_int8, c_int32
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class LlamaCpp:
         self._c = self._lib.functions
         self._lib.log.clear()
         self._context: int | None = None
-        self._capacity = 0
+        self._kind = (0, 0, False)
         self._model = self._c.llama_model_load_from_file(os.fsencode(path), self._c.llama_model_default_params())
         if not self._model:
             raise self._failure("llama.cpp cannot load the artifact", str(path))
@@ -49,14 +49,40 @@ class LlamaCpp:
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
-        self._begin(len(token_ids))
-        out = np.empty((len(token_ids), self._vocab_size), np.float32)
-        for start in range(0, len(token_ids), BATCH):
-            stop = min(start + BATCH, len(token_ids))
-            self._decode(token_ids[start:stop], every=True)
-            rows = self._c.llama_get_logits(self._context)
-            out[start:stop] = np.ctypeslib.as_array(rows, (stop - start, self._vocab_size))
-        return out
+        return self.continued([token_ids])
+
+    def continued(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] for one sequence whose pieces are decoded one after the other."""
+        self._begin(sum(map(len, pieces)))
+        return self._read(pieces)
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[F32]:
+        """Prompts of all sequences in one batch, then their last tokens in another; llama.cpp needs no padding."""
+        self._begin(max(map(len, sequences)), len(sequences))
+        found: list[list[F32]] = [[] for _ in sequences]
+        for part in (slice(-1), slice(-1, None)):
+            tokens = [(index, token) for index, ids in enumerate(sequences) for token in ids[part]]
+            self._decode([token for _, token in tokens], every=True, sequences=[index for index, _ in tokens])
+            rows = self._rows(len(tokens))
+            for index in range(len(sequences)):
+                found[index].append(rows[[of == index for of, _ in tokens]])
+        return [np.concatenate(parts) for parts in found]
+
+    def as_opened(self, token_ids: Sequence[int]) -> F32:
+        """f32[length, vocab] with llama.cpp's own attention and cache types."""
+        self._begin(len(token_ids), own=True)
+        return self._read([token_ids])
+
+    def converse(self, turns: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers of at most `count` tokens to each turn, in one context of llama.cpp's own types."""
+        self._begin(sum(map(len, turns)) + count * len(turns), own=True)
+        pending: list[int] = []
+        answers = []
+        for turn in turns:
+            answer, _ = self._generate([*pending, *turn], count)
+            pending = answer[-1:]  # chosen, and not read yet
+            answers.append(answer)
+        return answers
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
@@ -75,6 +101,11 @@ class LlamaCpp:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
         pending = self._prompt_ids(prompt)
         self._begin(len(pending) + max_tokens)
+        answer, stopped = self._generate(pending, max_tokens)
+        return Answer(tuple(answer), self._detokenize(answer), stopped)
+
+    def _generate(self, pending: list[int], max_tokens: int) -> tuple[list[int], bool]:
+        """The greedy answer to tokens that continue the context, and whether an end of generation ended it."""
         answer: list[int] = []
         stopped = False
         while len(answer) < max_tokens and not stopped:
@@ -85,7 +116,23 @@ class LlamaCpp:
             answer.append(token)
             pending = [token]
             stopped = bool(self._c.llama_vocab_is_eog(self._vocab, token))
-        return Answer(tuple(answer), self._detokenize(answer), stopped)
+        return answer, stopped
+
+    def _read(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] of the pieces' tokens, which continue the context."""
+        out = np.empty((sum(map(len, pieces)), self._vocab_size), np.float32)
+        done = 0
+        for piece in pieces:
+            for start in range(0, len(piece), BATCH):
+                tokens = piece[start : start + BATCH]
+                self._decode(tokens, every=True)
+                out[done : done + len(tokens)] = self._rows(len(tokens))
+                done += len(tokens)
+        return out
+
+    def _rows(self, count: int) -> F32:
+        """The last decode's logits, in llama.cpp's own memory."""
+        return np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (count, self._vocab_size))
 
     def _find_smallest_context(self) -> int:
         arch = self._metadata("general.architecture")
@@ -130,10 +177,14 @@ class LlamaCpp:
             count = self._c.llama_detokenize(self._vocab, ids, len(token_ids), text, size, False, False)
         return text.raw[:count].decode(errors="replace")
 
-    def _begin(self, length: int) -> None:
-        """An empty context for `length` tokens; allocated anew if the present one has another size."""
-        capacity = allocated_context(max(length, self._smallest_context))
-        if self._context is not None and self._capacity == capacity:
+    def _begin(self, length: int, sequences: int = 1, own: bool = False) -> None:
+        """An empty context for `length` tokens of each sequence; allocated anew if the present one is another.
+
+        With its `own` types as users have it, else with what is exact.
+        """
+        capacity = allocated_context(max(length, self._smallest_context)) * sequences
+        kind = (capacity, sequences, own)
+        if self._context is not None and self._kind == kind:
             self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
             return
         if self._context is not None:
@@ -141,21 +192,28 @@ class LlamaCpp:
             self._context = None
         params = self._lib.context_params()
         params.n_ctx = capacity
+        params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = min(BATCH, capacity)
-        params.flash_attn_type = FLASH_ATTENTION_OFF
-        params.type_k = params.type_v = GGML_TYPE_F32
+        if not own:
+            params.flash_attn_type = FLASH_ATTENTION_OFF
+            params.type_k = params.type_v = GGML_TYPE_F32
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = self._c.llama_init_from_model(self._model, params)
         if not self._context:
             raise self._failure(f"llama.cpp cannot allocate a context of {capacity} tokens", str(self._path))
-        self._capacity = capacity
+        self._kind = kind
 
-    def _decode(self, token_ids: Sequence[int], every: bool) -> None:
-        """Append tokens to the context; logits of every token or of the last one."""
+    def _decode(self, token_ids: Sequence[int], every: bool, sequences: Sequence[int] | None = None) -> None:
+        """Append tokens to the context, each to its sequence of `sequences`; logits of every token or of the last."""
         count = len(token_ids)
         tokens = (c_int32 * count)(*token_ids)
         flags = (c_int8 * count)(*([1] * count if every else [0] * (count - 1) + [1]))
-        status = self._c.llama_decode(self._context, Batch(n_tokens=count, token=tokens, logits=flags))
+        batch = Batch(n_tokens=count, token=tokens, logits=flags)
+        if sequences is not None:
+            each = [(c_int32 * 1)(index) for index in sequences]
+            batch.n_seq_id = (c_int32 * count)(*([1] * count))
+            batch.seq_id = (POINTER(c_int32) * count)(*(ctypes.cast(one, POINTER(c_int32)) for one in each))
+        status = self._c.llama_decode(self._context, batch)
         if status != 0:
             raise self._failure(f"llama.cpp cannot run the artifact (llama_decode returned {status})", str(self._path))
 
