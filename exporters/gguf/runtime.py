@@ -6,7 +6,6 @@ import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_int8, c_int32
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,7 @@ class LlamaCpp:
         self._lib.log.clear()
         self._context: int | None = None
         self._kind = (0, 0, False)
+        self._chat: ChatServer | None = None
         self._model = self._c.llama_model_load_from_file(os.fsencode(path), self._c.llama_model_default_params())
         if not self._model:
             raise self._failure("llama.cpp cannot load the artifact", str(path))
@@ -91,11 +91,9 @@ class LlamaCpp:
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
     ) -> str:
+        if self._chat is None:
+            self._chat = ChatServer(self._path)
         return self._chat.render(messages, tools, prompt)
-
-    @cached_property
-    def _chat(self) -> ChatServer:
-        return ChatServer(self._path)
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
@@ -182,6 +180,7 @@ class LlamaCpp:
 
         With its `own` types as users have it, else with what is exact.
         """
+        self._chat = None  # the server has a context of its own
         capacity = allocated_context(max(length, self._smallest_context)) * sequences
         kind = (capacity, sequences, own)
         if self._context is not None and self._kind == kind:
