@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import json
 
+from converters.chat_template import for_exact_reader, variables
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType
+from exporters.transformers_files import CONFIG, with_template
 
 SPACE = "\u2581"
 TOKENIZER_JSON = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
 MODULE = "tokenizer_module.json"
-TEMPLATE = "chat_template.jinja"
+RAW_TOOLS = "tool.function"  # TokenizerImpl::ApplyChatTemplate looks for it
 
 # Classes that onnxruntime-extensions knows. Nothing but points 1 and 2 depends on them.
 CLASSES = {TokenizerKind.SENTENCEPIECE: "GemmaTokenizer", TokenizerKind.BYTE_LEVEL_BPE: "PreTrainedTokenizer"}
@@ -45,8 +46,15 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     files.setdefault(CONFIG, _dump(module))
     files[MODULE] = _dump(module)
     if tokenizer.chat_template is not None:
-        files[TEMPLATE] = tokenizer.chat_template.encode()
+        return with_template(files, chat_template(tokenizer.chat_template))
     return files
+
+
+def chat_template(template: str) -> str:
+    """The template as this reader takes it: it trims nothing around blocks, which the folder's template then does not
+    ask for. Tools come to it in another form than they were given, unless these letters are in the template."""
+    adapted = for_exact_reader(template)
+    return adapted if "tools" not in variables(adapted) or RAW_TOOLS in adapted else f"{{# {RAW_TOOLS} #}}{adapted}"
 
 
 def module_json(tokenizer: Tokenizer) -> dict[str, Json]:
