@@ -24,6 +24,7 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.onnx import examine
+from exporters.onnx.differences import tokenizer_differences
 from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
 from exporters.onnx.settings import BFLOAT_PROVIDERS, MAX_CACHE, Settings, resolve_settings
@@ -82,7 +83,7 @@ class OnnxExporter:
         return Semantics(_sentence(model, resolve_settings(model, options)), 1, model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        return tokenizer_differences(model.tokenizer)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.onnx.read_back import read_matrices  # needs onnx
