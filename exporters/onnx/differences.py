@@ -15,14 +15,26 @@ from typing import Any
 from converters.json_file import read_json
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from exporters.base import Difference
-from exporters.onnx.tokenizer_files import CONFIG, LONGEST_WORD, SPACE, TOKENIZER_JSON
+from exporters.onnx.tokenizer_files import CONFIG, LINE_ENDS, LONGEST_MIXED_RUN, LONGEST_WORD, SPACE, TOKENIZER_JSON
 
 ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 STRIPPED = " \t\r\n"  # all that the runtime strips beside an added token
 WHITE = "\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
 # tokenizer_files.WORDS, in characters instead of bytes.
-WORD = re.compile(
-    rf"[ {SPACE}]{{0,{LONGEST_WORD}}}[^ {SPACE}]{{1,{LONGEST_WORD}}}|[ {SPACE}]{{1,{LONGEST_WORD}}}", re.DOTALL
+WORD = re.compile(rf"[ {SPACE}]{{0,{LONGEST_WORD}}}[^ {SPACE}]{{1,{LONGEST_WORD}}}|[ {SPACE}]{{1,{LONGEST_WORD}}}")
+# Letters, marks and digits of Unicode 14 to 16. The runtime's tables are of Unicode 13, those of tokenizers of 16.
+NEWER = (
+    "\u0870-\u0887\u0889-\u088e\u0897-\u089f\u08b5\u08c8-\u08d2\u0c3c\u0c5d\u0cdd\u0cf3\u0ece\u170d"
+    "\u1715-\u171f\u180f\u1ac1-\u1ace\u1b4c\u1c89-\u1c8a\u1dfa\u2c2f\u2c5f\u9ffd-\u9fff\ua7c0-\ua7c1"
+    "\ua7cb-\ua7f4\U00010570-\U000105f3\U00010780-\U000107ba\U00010d40-\U00010d85\U00010ec2-\U00010eff"
+    "\U00010f70-\U00010f85\U00011070-\U00011075\U000110c2\U0001123f-\U00011241\U00011380-\U000113e2"
+    "\U000116d0-\U000116e3\U00011740-\U00011746\U00011ab0-\U00011abf\U00011bc0-\U00011bf9"
+    "\U00011f00-\U00011f5a\U00012f90-\U00012ff0\U0001342f\U00013440-\U000143fa\U00016100-\U00016139"
+    "\U00016a70-\U00016ac9\U00016d40-\U00016d79\U00018cff\U0001aff0-\U0001affe\U0001b11f-\U0001b132\U0001b155"
+    "\U0001ccf0-\U0001ccf9\U0001cf00-\U0001cf46\U0001d2c0-\U0001d2d3\U0001df00-\U0001df2a"
+    "\U0001e030-\U0001e08f\U0001e290-\U0001e2ae\U0001e4d0-\U0001e4f9\U0001e5d0-\U0001e5fa"
+    "\U0001e7e0-\U0001e7fe\U0002a6de-\U0002a6df\U0002b735-\U0002b739\U0002ebf0-\U0002ee5d"
+    "\U00031350-\U00031fff"
 )
 # Classes for which transformers 5 makes the steps before the merges itself: Metaspace.
 LLAMA_LINE = ("LlamaTokenizer", "CodeLlamaTokenizer")
@@ -38,6 +50,8 @@ def tokenizer_differences(tokenizer: Tokenizer) -> tuple[Difference, ...]:
     ]
     if tokenizer.kind is TokenizerKind.SENTENCEPIECE:
         kinds += _sentencepiece_differences(tokenizer)
+    else:
+        kinds += _byte_level_differences(tokenizer)
     return tuple(kinds)
 
 
@@ -95,6 +109,12 @@ def _added_token_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
             "anywhere, and the space stays.",
             _has(normalized),
         )
+        yield Difference(
+            "token of normalized text in an answer",
+            "An added token that belongs together with the space in front of it is printed without the space.",
+            "decoding",
+            _has(normalized),
+        )
 
 
 def _flags(tokenizer: Tokenizer) -> dict[str, tuple[bool, bool]]:
@@ -116,6 +136,33 @@ def _is_metaspace(tokenizer: Tokenizer) -> bool:
     if str(_json(tokenizer, CONFIG).get("tokenizer_class")).removesuffix("Fast") in LLAMA_LINE:
         return True
     return "Metaspace" in str(_json(tokenizer, TOKENIZER_JSON).get("pre_tokenizer"))
+
+
+def _byte_level_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
+    yield _difference("next line", "U+0085 is cut like a punctuation mark, not like white space.", _has("\u0085"))
+    yield _difference(
+        "newer letters",
+        "Letters, marks and digits that Unicode has had only since 2021 are cut like punctuation marks.",
+        _has(f"[{NEWER}]"),
+    )
+    if any(r"[\r\n/]*" in pattern for pattern in tokenizer.split_patterns):
+        yield _difference(
+            "slash after a line end",
+            "A slash in a line's first place is cut off from a punctuation mark at the end of the line before.",
+            _has(r"(?:[^\s\w]|_)[\r\n]+/"),
+        )
+    if any(LINE_ENDS in pattern for pattern in tokenizer.split_patterns):
+        yield _difference(
+            "long white space",
+            f"More than {LONGEST_WORD} white space characters in a row, or {LONGEST_MIXED_RUN} if some are not ASCII, "
+            "may be cut.",
+            _has_long_run,
+        )
+
+
+def _has_long_run(text: str) -> bool:
+    runs = re.findall(f"[{WHITE}]+", text)
+    return any(len(run) > (LONGEST_WORD if run.isascii() else LONGEST_MIXED_RUN) for run in runs)
 
 
 def _sentencepiece_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
