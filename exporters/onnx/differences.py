@@ -7,6 +7,7 @@ bpe_streaming.hpp decodes, bpe_tokenizer_model.hpp finds added tokens, bpe_utils
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +19,7 @@ from exporters.base import Difference
 from exporters.onnx.tokenizer_files import CONFIG, LINE_ENDS, LONGEST_MIXED_RUN, LONGEST_WORD, SPACE, TOKENIZER_JSON
 
 ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+NOWHERE = "(?!)"
 STRIPPED = " \t\r\n"  # all that the runtime strips beside an added token
 WHITE = "\t-\r \u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
 # tokenizer_files.WORDS, in characters instead of bytes.
@@ -46,6 +48,18 @@ def tokenizer_differences(tokenizer: Tokenizer) -> tuple[Difference, ...]:
     kinds = [
         _difference("nul", "A text ends at its first NUL character.", _has_nul),
         Difference("nul in an answer", "An answer ends at its first NUL character.", "decoding", _has_nul),
+        Difference(
+            "noncharacter in an answer",
+            "An answer ends at its first U+FFFE or U+FFFF, and U+FFFD stands in its place.",
+            "decoding",
+            _has("[\ufffe\uffff]"),
+        ),
+        Difference(
+            "nothing to print",
+            "An answer of special tokens alone is printed as U+FFFD.",
+            "decoding",
+            _has(rf"\A(?:(?:{_any_of(_special(tokenizer))})[{WHITE}]*)*\Z"),
+        ),
         *_added_token_differences(tokenizer),
     ]
     if tokenizer.kind is TokenizerKind.SENTENCEPIECE:
@@ -67,9 +81,13 @@ def _added(tokenizer: Tokenizer) -> list[Token]:
     return [token for token in tokenizer.tokens if token.type in ADDED]
 
 
+def _special(tokenizer: Tokenizer) -> list[str]:
+    return [token.text for token in _added(tokenizer) if token.type is not TokenType.USER_DEFINED]
+
+
 def _any_of(texts: Iterable[str]) -> str:
-    """A regex of the longest of these that is at a place."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    """A regex of the longest of these that is at a place; without any it matches nowhere."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NOWHERE
 
 
 def _has(pattern: str) -> Callable[[str], bool]:
@@ -79,7 +97,7 @@ def _has(pattern: str) -> Callable[[str], bool]:
 
 def _added_token_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
     rstrip = _any_of(token.text for token in _added(tokenizer) if token.rstrip)
-    if rstrip:
+    if rstrip != NOWHERE:
         yield _difference(
             "white space after a token",
             "White space other than space, tab, CR and LF stays in the text right after an added token that should "
@@ -87,7 +105,7 @@ def _added_token_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
             _has(f"(?:{rstrip})[{STRIPPED}]*(?![{STRIPPED}])[{WHITE}]"),
         )
     lstrip = _any_of(token.text for token in _added(tokenizer) if token.lstrip)
-    if lstrip:
+    if lstrip != NOWHERE:
         yield _difference(
             "white space before a token",
             "White space stays in the text right before an added token that should swallow it.",
@@ -95,14 +113,14 @@ def _added_token_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
         )
     flags = _flags(tokenizer)
     words = _any_of(text for text, (single_word, _) in flags.items() if single_word)
-    if words:
+    if words != NOWHERE:
         yield _difference(
             "token inside a word",
             "An added token that should be found as a word of its own is found inside of words too.",
-            _has(rf"\w(?:{words})|(?:{words})\w"),
+            lambda text: any(_touches_a_word(match) for match in re.finditer(words, text)),
         )
     normalized = _any_of(text for text, (_, normalized) in flags.items() if normalized)
-    if normalized and not _is_metaspace(tokenizer) and tokenizer.kind is TokenizerKind.SENTENCEPIECE:
+    if normalized != NOWHERE and not _is_metaspace(tokenizer) and tokenizer.kind is TokenizerKind.SENTENCEPIECE:
         yield _difference(
             "token in normalized text",
             "An added token that should be found only after a space, with which it belongs together, is found "
@@ -115,6 +133,11 @@ def _added_token_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
             "decoding",
             _has(normalized),
         )
+
+
+def _touches_a_word(match: re.Match[str]) -> bool:
+    beside = (match.string[: match.start()][-1:], match.string[match.end() :][:1])
+    return any(unicodedata.category(character)[0] in "LMN" or character == "_" for character in beside if character)
 
 
 def _flags(tokenizer: Tokenizer) -> dict[str, tuple[bool, bool]]:
@@ -187,7 +210,7 @@ def _sentencepiece_differences(tokenizer: Tokenizer) -> Iterator[Difference]:
                 "A text, or what follows an added token, that begins with a space gets one more.",
                 lambda text: any(part.startswith((" ", SPACE)) for part in parts.of(text)),
             )
-        special = _any_of(token.text for token in _added(tokenizer) if token.type is not TokenType.USER_DEFINED)
+        special = _any_of(_special(tokenizer))
         inside = rf"\A(?:{special})*(?!{special})[\s\S][\s\S]*(?:{special})[\s\S]"
         yield Difference(
             "space in front",
@@ -233,7 +256,7 @@ class _Parts:
         return {token.text for token in self._tokenizer.tokens if token.type is TokenType.NORMAL}
 
     def of(self, text: str) -> Iterator[str]:
-        pieces = self._added.split(text) if self._added.pattern != "()" else [text]
+        pieces = self._added.split(text)
         for index in range(0, len(pieces), 2):
             part = pieces[index]
             if index and pieces[index - 1] in self._rstrip:
