@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from httpx2 import HTTPError
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,7 +28,7 @@ UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's seco
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([\w ]+)")  # as Python words it, within what others made of it
-FAILURES = (HfHubHTTPError, HFValidationError, OSError)  # what huggingface_hub raises, with that of requests
+FAILURES = (HTTPError, HFValidationError, OSError)  # what huggingface_hub raises, and HTTPX under it
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
@@ -99,6 +100,7 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
         (LocalEntryNotFoundError, f"{neither}the {kind} is not in the Hub's cache", lambda: _out_of_reach(kind)),
         (HFValidationError, f"{neither}no valid Hub id", lambda: FOLDER_RULE if is_model else "Ids are owner/name."),
         (HfHubHTTPError, f"the Hub refused to serve the {kind}", lambda: "Try again later, or check HF_TOKEN."),
+        (HTTPError, "download broke off", lambda: "Run again: it continues where it stopped."),
         (OSError, "download broke off", lambda: "Run again: it continues where it stopped."),
     ]
     what, mend = next((what, mend) for failure, what, mend in rows if isinstance(error, failure))
