@@ -16,7 +16,7 @@ from itertools import cycle
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError
+from converters.errors import NotFiniteError
 from converters.graph import Graph, Node, Weight
 from converters.interpret import WeightRows, by_reference, interpret
 from converters.ops import Attention, Embedding, Rows
@@ -139,7 +139,7 @@ def draw(logits: F32, chances: NDArray[np.float64]) -> NDArray[np.int64]:
     """i64[batch]: tokens at these quantiles, in [0, 1), of softmax(logits), f32[batch, vocab]. ModelError for NaN."""
     most = logits.max(axis=1, keepdims=True)
     if not np.isfinite(most).all():
-        raise ModelError(
+        raise NotFiniteError(
             "the model computes no finite logits",
             where="generating calibration text",
             mend="Download the model again; if it is the publisher's, calibrate with text.",

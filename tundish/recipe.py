@@ -264,6 +264,10 @@ class Evaluation(_Part):
 
     sequences: Count = 4
     length: Count = 256
+    teraflops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="most arithmetic of a pass over the text, 2 operations a weight and token; larger models read less",
+    )
 
 
 class Question(_Part):
@@ -305,6 +309,7 @@ class EvaluationOverride(_Part):
 
     sequences: Count | None = None
     length: Count | None = None
+    teraflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class GatesOverride(_Part):
@@ -524,11 +529,10 @@ def _find(name_or_path: str | Path) -> Path:
     if text in names:
         return LIBRARY / (text + SUFFIX)
     near = get_close_matches(text, names, 1)
-    mend = f"Did you mean {near[0]}? " if near else ""
     raise UsageError(
-        f"unknown recipe {text!r}",
+        f"unknown recipe {text!r}" + (f", did you mean {near[0]}?" if near else ""),
         expected="one of " + ", ".join(names),
-        mend=mend + f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
+        mend=f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
     )
 
 

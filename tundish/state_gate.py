@@ -54,7 +54,7 @@ def pieces_of(length: int) -> list[Piece]:
 
 
 def boundary_of(model: Model) -> int | None:
-    """The length at which LongRoPE's factors might change; None where the recipe's context ends before it."""
+    """LongRoPE's original context, where a runtime might change factors; None where the recipe's ends before it."""
     rope = model.graph.config.rope
     if rope.kind is not RopeKind.LONGROPE or model.context_length <= rope.original_context:
         return None
@@ -183,7 +183,7 @@ def _opened_gate(gates: Gates, divergence: Divergence, judged: bool) -> Gate:
         return Gate(AS_OPENED, False, None, most, f"its logits are not finite when opened as users open it{_MEND}")
     detail = f"{divergence.positions} positions, top-1 {divergence.top1:.1%}"
     if not judged:
-        return Gate(AS_OPENED, None, divergence.kl_mean, detail=f"{detail}: beyond what the artifact claims")
+        return Gate(AS_OPENED, None, divergence.kl_mean, detail=f"{detail}: longer than the artifact claims")
     if divergence.top1 < least:  # which no figure shows beside the threshold
         return Gate(AS_OPENED, False, None, None, f"{detail}, at least {least:.1%} expected")
     passed = None if most is None else divergence.kl_mean <= most

@@ -62,6 +62,8 @@ def plan_text(document: dict[str, Any]) -> str:
     for target, entry in document["targets"].items():
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
         parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
+    if document["remarks"]:
+        parts.append("\n".join(f"note: {remark}" for remark in document["remarks"]))
     if document["budget"] is not None:
         parts.append(_budget_text(document["budget"]))
     peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
-from tundish.recipe import Gates, Recipe
+from tundish.recipe import Evaluation, Gates, Recipe
 from tundish.results import AGREEMENT, NOT_FINITE, Gate, TargetResult, measured
 from tundish.state_gate import boundary_of, judge, state_positions
 from tundish.worker import Request
@@ -39,6 +40,7 @@ from tundish.worker import Request
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _BESIDE_LOGITS = 16 << 20  # bytes of token ids, logs and what a runtime leaves, generously
+_FEWEST_TOKENS = 64  # of held-out text, however large the model is
 _MAX_SPECIAL_TEXTS = 64
 _SHOWN_ANSWER = 60  # characters of one that does not end
 
@@ -112,7 +114,7 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     """Token ids, held-out sequences and their float32 logits."""
     texts = (*TOKEN_CORPUS, *_special_texts(model))
     stream = stream_of(model, evaluation_text())
-    sequences = cut(stream, *evaluation_shape(recipe, model.context_length))
+    sequences = cut(stream, *evaluation_shape(recipe, model))
     long_sequences = None
     beyond = long_length(model)
     if beyond is not None:
@@ -129,15 +131,31 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     )
 
 
-def evaluation_shape(recipe: Recipe, context: int) -> tuple[int, int]:
+def evaluation_shape(recipe: Recipe, model: Model) -> tuple[int, int]:
     """How many sequences of how many held-out tokens serve every target of the recipe."""
-    settings = [recipe.verify.for_target(target).text for target in recipe.targets]
-    return max(text.sequences for text in settings), min(max(text.length for text in settings), context)
+    shapes = [text_shape(recipe.verify.for_target(target).text, model) for target in recipe.targets]
+    return max(count for count, _ in shapes), max(length for _, length in shapes)
+
+
+def text_shape(text: Evaluation, model: Model) -> tuple[int, int]:
+    """How many sequences of how many held-out tokens a target reads: fewer, then shorter ones within `teraflops`."""
+    length = min(text.length, model.context_length)
+    if text.teraflops is None:
+        return text.sequences, length
+    graph = model.graph
+    multiplied = sum(
+        math.prod(graph.weights[name].shape)
+        for node in graph.nodes
+        if isinstance(node.op, Linear)
+        for name in node.op.weights
+    )
+    tokens = max(_FEWEST_TOKENS, int(text.teraflops * 1e12 / (2 * multiplied)))
+    return max(1, min(text.sequences, tokens // length)), min(length, tokens)
 
 
 def verifying_bytes(model: Model, recipe: Recipe) -> int:
     """Bytes that `verify` has on the disk at most: float32 logits of the reference and of one artifact."""
-    sequences, length = evaluation_shape(recipe, model.context_length)
+    sequences, length = evaluation_shape(recipe, model)
     positions = sequences * length + (0 if long_length(model) is None else LONG_TAIL)
     positions = 2 * positions + state_positions(model)
     return 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
@@ -227,7 +245,8 @@ def _verify_target(
     threads: int,
 ) -> TargetResult:
     settings = recipe.verify.for_target(exporter.target)
-    sequences = reference.sequences[: settings.text.sequences, : settings.text.length]
+    count, length = text_shape(settings.text, model)
+    sequences = reference.sequences[:count, :length]
     np.save(folder / "sequences.npy", sequences)
     semantics = exporter.semantics(model, recipe.targets[exporter.target])
     beyond = reference.long_sequences
