@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ class MlxRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        rendered = self._tokenizer.apply_chat_template(  # type: ignore[no-untyped-call]
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+        return str(rendered)
 
     def as_opened(self, token_ids: Sequence[int]) -> F32:
         self._model.update(self._own)

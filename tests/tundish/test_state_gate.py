@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.quantize.tensor import F32
-from exporters.base import Answer, Semantics
+from exporters.base import Runtime, Semantics
 from tests.tundish.tiny import QUIET, write_recipe
 from tundish.gates import FailedGatesError
 from tundish.job import Choices, build
@@ -56,12 +57,6 @@ class Exact:
                 answers[-1].append(int(self.row(said, len(said) - 1).argmax()))
                 said.append(answers[-1][-1])
         return answers
-
-    def tokenize(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def answer(self, prompt: str, max_tokens: int) -> Answer:
-        raise NotImplementedError
 
 
 class Forgetful(Exact):
@@ -110,7 +105,7 @@ def judged(
     for index, ids in enumerate(sequences):
         np.save(folder / f"reference-{index}.npy", Exact().logits(ids.tolist()))
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()))
-    event = json.loads(json.dumps(exercise(runtime, sequences.tolist(), 200, boundary, folder)))
+    event = json.loads(json.dumps(exercise(cast(Runtime, runtime), sequences.tolist(), 200, boundary, folder)))
     results = judge(gates, event, folder / "reference-0.npy", boundary, folder, claims)
     return {gate.name: gate for gate in results}
 
@@ -162,7 +157,7 @@ def test_pieces_are_the_whole_text(length: int) -> None:
 
 
 def test_a_text_of_few_tokens_has_no_pieces(tmp_path: Path) -> None:
-    assert exercise(Exact(), [[1, 2, 3]], 200, None, tmp_path) == {}
+    assert exercise(cast(Runtime, Exact()), [[1, 2, 3]], 200, None, tmp_path) == {}
     assert {gate.passed for gate in judge(GATES, {}, tmp_path, None, tmp_path, WHOLE)} == {None}
 
 
