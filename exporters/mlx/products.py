@@ -1,4 +1,4 @@
-"""Products with an artifact's matrices where MLX computes on a CPU, in the hundredth part of the time.
+"""Products with an artifact's matrices where MLX computes on a CPU, in a small part of the time.
 
 MLX's Linux wheels come with a BLAS that does 4 GFLOP/s, a quantized product that does 3, and one in fp16 that does less
 than a tenth. So mlx-lm's model keeps its code and its arrays, and only `x @ matrix.T` of several rows is computed
