@@ -112,7 +112,8 @@ class Difference:
     """A kind of text that a container cannot hold as the model's own tokenizer does, however its files are written.
 
     `name` is short and stable, for manifests; `sentence` tells a user what happens to which text. `applies` says
-    whether a text is of this kind. Verification counts such texts apart; any other that differs fails.
+    whether a text is of this kind; of a chat the text is JSON, an object with messages and tools. Verification counts
+    such texts apart; any other that differs fails.
     """
 
     name: str
@@ -122,7 +123,12 @@ class Difference:
 
 
 class Runtime(Protocol):
-    """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
+    """An artifact opened in the runtime it was made for. Verification gives it a process of its own.
+
+    `note` tells in the manifest what is not computed by the runtime itself; empty if all of it is.
+    """
+
+    note: str
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
@@ -148,6 +154,15 @@ class Runtime(Protocol):
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens in it are recognized, and BOS is added where the model wants one."""
+        ...
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        """A conversation by the artifact's chat template in the renderer that users get; `prompt`: an answer follows.
+
+        `messages` and `tools` are as transformers' apply_chat_template takes them. Raises if the renderer does.
+        """
         ...
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:

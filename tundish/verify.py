@@ -1,7 +1,7 @@
-"""Opens every artifact in its own runtime and compares it with the reference: codes, tokens, logits, answers.
+"""Opens every artifact in its own runtime and compares it with the reference: codes, tokens, prompts, logits, answers.
 
 The reference of logits is the interpreter on the checkpoint's own float32 numbers; that of token ids is transformers'
-tokenizer; that of codes are the digests taken while the weights were poured.
+tokenizer, that of prompts its chat template; that of codes are the digests taken while the weights were poured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from converters.source import Source
 from converters.tokenizer import TokenType
 from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Exporter, Model, Semantics, Target
+from tundish.chat_gate import compared, expected_prompts
+from tundish.chat_gate import judge as judge_chat
 from tundish.child import run_child
 from tundish.corpus import TOKEN_CORPUS
 from tundish.divergence import Divergence, compare_logits
@@ -51,6 +53,7 @@ class Reference:
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...] | None  # None: transformers is not installed
+    prompts: tuple[str | None, ...] | None  # see tundish.chat_gate.expected_prompts
     sequences: NDArray[np.int64]
     logits: tuple[Path, ...]
     long_sequences: NDArray[np.int64] | None
@@ -122,6 +125,7 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     return Reference(
         texts=texts,
         token_ids=_transformers_ids(source, texts, folder, threads),
+        prompts=() if model.tokenizer.chat_template is None else expected_prompts(source.folder, folder, threads),
         sequences=sequences,
         logits=reference_logits(model, sequences, folder, "reference"),
         long_sequences=long_sequences,
@@ -264,6 +268,7 @@ def _verify_target(
         schemes={name: weight.scheme.name for name, weight in model.graph.weights.items()},
         folder=str(folder),
         texts=list(reference.texts),
+        conversations=compared(reference.prompts) if settings.gates.chat else [],
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
@@ -281,12 +286,16 @@ def _verify_target(
     if ending.failure:
         results.append(Gate("runtime", False, detail=f"the runtime process {ending.failure}"))
     else:
-        results.append(Gate("runtime", True, detail="opened, ran and closed"))
+        note = events["open"]["note"]
+        results.append(Gate("runtime", True, detail="opened, ran and closed" + (f"; {note}" if note else "")))
     divergence = None
     if "codes" in events and gates.codes_equal:
         results.append(_codes_gate(digests, events["codes"]["digests"]))
     if "tokens" in events:
         results.append(_tokens_gate(gates, reference, events["tokens"]["ids"]))
+    if "chat" in events and gates.chat:
+        differences = exporter.differences(model, recipe.targets[exporter.target])
+        results.append(judge_chat(reference.prompts, events["chat"]["prompts"], differences))
     if "logits" in events:
         divergence = divergence_of(reference.logits, sequences, folder, "logits")
         if sequences.shape[1] <= semantics.exact_to:

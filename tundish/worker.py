@@ -22,6 +22,7 @@ from converters.quantize.scheme import scheme_named
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.chat_gate import rendered
 from tundish.chat_renderer import chat_renderer
 from tundish.child import exit_with_parent
 from tundish.digest import digest_of
@@ -36,7 +37,8 @@ class Request:
     """What the child is asked. Paths are strings since it travels as JSON.
 
     `sequences` and `long_sequences` name .npy files of i64[n, length]; of long ones only the last `tail` positions'
-    logits are written. `boundary` is the length on both sides of which state is tried too.
+    logits are written. `boundary` is the length on both sides of which state is tried too. `conversations` are indices
+    of tundish.conversations.CONVERSATIONS.
     """
 
     target: str
@@ -46,6 +48,7 @@ class Request:
     schemes: dict[str, str]  # of the weights, by name: a budget may have chosen them
     folder: str
     texts: list[str]
+    conversations: list[int]
     sequences: str
     long_sequences: str | None
     tail: int
@@ -71,8 +74,9 @@ def run(request: Request) -> None:
     digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
-    emit("open", versions=package_versions(exporter.runtime_requires))
+    emit("open", versions=package_versions(exporter.runtime_requires), note=runtime.note)
     emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
+    emit("chat", prompts=list(rendered(runtime, request.conversations)))
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
     emit("logits")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from converters.chat_template import variables
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from exporters.base import Card, Difference, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
@@ -20,6 +21,15 @@ _USAGE = f"""\
     ollama create my-model -f {MODELFILE} && ollama run my-model
 
 LM Studio and whatever else is built on llama.cpp open `{FILE}` as it is."""
+
+
+DATED = Difference(
+    "chat-date",
+    "llama.cpp gives the chat template today's date as date_string, which transformers leaves out: the model is told "
+    "today's date in place of the template's own.",
+    "chat",
+    lambda conversation: True,
+)
 
 
 class GgufExporter:
@@ -58,7 +68,8 @@ class GgufExporter:
         return semantics(model)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        template = model.tokenizer.chat_template
+        return (DATED,) if template is not None and "date_string" in variables(template) else ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_int8, c_int32
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from converters.errors import GateError
 from converters.quantize.tensor import F32
 from exporters.base import Answer
+from exporters.gguf.chat import ChatServer
 from exporters.gguf.context import allocated_context
 from exporters.gguf.llama_api import (
     FLASH_ATTENTION_OFF,
@@ -27,12 +28,15 @@ BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at o
 class LlamaCpp:
     """Implements exporters.base.Runtime. Contexts are as small as a sequence needs."""
 
+    note = ""
+
     def __init__(self, path: Path) -> None:
         self._lib = load_library()
         self._c = self._lib.functions
         self._lib.log.clear()
         self._context: int | None = None
         self._kind = (0, 0, False)
+        self._chat: ChatServer | None = None
         self._model = self._c.llama_model_load_from_file(os.fsencode(path), self._c.llama_model_default_params())
         if not self._model:
             raise self._failure("llama.cpp cannot load the artifact", str(path))
@@ -80,6 +84,13 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
         return self._tokenize(text, add_special=True)
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        if self._chat is None:
+            self._chat = ChatServer(self._path)
+        return self._chat.render(messages, tools, prompt)
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
@@ -154,6 +165,7 @@ class LlamaCpp:
         With its `own` types as users have it, else with what is exact.
         """
         capacity = allocated_context(length) * sequences
+        self._chat = None  # the server has a context of its own
         kind = (capacity, sequences, own)
         if self._context is not None and self._kind == kind:
             self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ class MlxRuntime:
 
     def __init__(self, folder: Path) -> None:
         self._model, self._tokenizer = mlx_lm.load(str(folder))[:2]
+        self.note = ""
         self._own = self._wide = self._model.parameters()
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_by_numpy(self._model)
+            self.note = "products of matrices and several tokens were computed by numpy in float32"
             if read_quantization(folder):
                 self._wide = tree_map_with_path(_widen, self._own)
 
@@ -92,6 +94,17 @@ class MlxRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        rendered = self._tokenizer.apply_chat_template(  # type: ignore[no-untyped-call]
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+        return str(rendered)
 
     def as_opened(self, token_ids: Sequence[int]) -> F32:
         self._model.update(self._own)

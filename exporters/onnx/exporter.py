@@ -23,7 +23,9 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.context import context_sentence
+from exporters.minja import chat_differences
 from exporters.onnx import examine
+from exporters.onnx.differences import tokenizer_differences
 from exporters.onnx.genai_config import genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
 from exporters.onnx.settings import BFLOAT_PROVIDERS, MAX_CACHE, Settings, resolve_settings
@@ -82,7 +84,8 @@ class OnnxExporter:
         return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        chat = chat_differences(model.tokenizer.chat_template, "ONNX Runtime GenAI")
+        return (*tokenizer_differences(model.tokenizer), *chat)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.onnx.read_back import read_matrices  # needs onnx

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class OnnxRuntime:
     kernels for fp32 and fp16. A bf16 artifact has none, and opening its session is a GateError. One of the two runtimes
     is open at a time, so that a model is in memory once.
     """
+
+    note = ""
 
     def __init__(self, folder: Path, threads: int = 2) -> None:
         self._folder = folder
@@ -104,11 +106,15 @@ class OnnxRuntime:
         return answers
 
     def tokenize(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            self._tokenizer = og.Tokenizer(self._open_model())
-            # Off by default, for prompts that carry their own BOS.
-            self._tokenizer.update_options(add_special_tokens="true")
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return [int(token) for token in self._open_tokenizer().encode(text)]
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        rendered = self._open_tokenizer().apply_chat_template(
+            json.dumps(messages), tools=json.dumps(tools) if tools else None, add_generation_prompt=prompt
+        )
+        return str(rendered)
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         model = self._open_model()
@@ -122,6 +128,13 @@ class OnnxRuntime:
             answer.append(int(generator.get_next_tokens()[0]))
         stopped = bool(answer) and answer[-1] in set(map(int, tokenizer.eos_token_ids))
         return Answer(tuple(answer), tokenizer.decode(np.array(answer, np.int32)), stopped)
+
+    def _open_tokenizer(self) -> og.Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = og.Tokenizer(self._open_model())
+            # Off by default, for prompts that carry their own BOS.
+            self._tokenizer.update_options(add_special_tokens="true")
+        return self._tokenizer
 
     def _generator(self, length: int, sequences: int = 1) -> og.Generator:
         """Greedy, for so many sequences of at most `length` tokens."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from converters.chat_template import for_trimming_reader
 from converters.errors import UsageError
 from converters.graph import Weight
 from converters.quantize.scheme import NumberType
@@ -26,12 +27,13 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.context import context_sentence
+from exporters.minja import chat_differences
 from exporters.openvino import examine
 from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
 from exporters.schemes import refuse_ggml_schemes
-from exporters.transformers_files import encode_json, generation_config, tokenizer_files
+from exporters.transformers_files import encode_json, generation_config, tokenizer_files, with_template
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
@@ -74,6 +76,8 @@ class OpenvinoExporter:
         self.check(model, options)
         network = network_layout(model, options)
         files, config = tokenizer_files(model), config_json(model)
+        if model.tokenizer.chat_template is not None:
+            files = with_template(files, for_trimming_reader(model.tokenizer.chat_template))
         described = {"config.json": config, "generation_config.json": encode_json(generation_config(model))}
         return replace(
             network, small={**files, **_converted(tuple(files.items()), config), **described, **network.small}
@@ -83,7 +87,7 @@ class OpenvinoExporter:
         return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        return chat_differences(model.tokenizer.chat_template, "openvino-genai")
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.openvino.read_back import read_matrices

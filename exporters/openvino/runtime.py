@@ -30,6 +30,8 @@ class OpenvinoRuntime:
     open at a time.
     """
 
+    note = ""
+
     def __init__(self, folder: Path, threads: int = 2) -> None:
         self._folder = folder
         self._properties: Mapping[str, str | int] = dict(EXACT) | {"INFERENCE_NUM_THREADS": threads}
@@ -93,6 +95,15 @@ class OpenvinoRuntime:
 
     def tokenize(self, text: str) -> list[int]:
         return _ids(self._tokenizer.encode(text))
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], prompt, tools=[dict(tool) for tool in tools] or None
+            )
+        )
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         # A rendered prompt has the special tokens it needs: the pipeline itself leaves them out after its template too.

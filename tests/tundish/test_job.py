@@ -67,6 +67,10 @@ def test_every_gate_in_every_runtime(fp32_build: tuple[Path, dict[str, Any]]) ->
             assert results[name]["passed"], (target, name)
         assert results["chat as opened past 256 tokens"]["passed"], target
         assert "long factors apply at every position" in manifest["targets"][target]["semantics"]["sentence"]
+        for state in ("state", "state past 256 tokens"):
+            assert results[state]["passed"] and results[state]["figure"] < 1e-9, (target, results[state])
+        assert results["chat as opened"]["passed"] and results["chat as opened past 256 tokens"]["passed"]
+        assert results["as opened"]["figure"] is not None
     assert manifest["source"]["licence"] == "mit"
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert "| onnx | codes | passed |" in (out / "report.md").read_text()

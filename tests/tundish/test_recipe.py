@@ -619,7 +619,7 @@ def test_any_damage_to_a_recipe_is_told_with_a_line(name: str, data: st.DataObje
 
 def test_unknown_name() -> None:
     told = message("phi35-mobil-int4")
-    assert told.startswith("unknown recipe 'phi35-mobil-int4', did you mean phi35-mobile-int4?; expected one of ")
+    assert told.startswith("unknown recipe 'phi35-mobil-int4' (did you mean phi35-mobile-int4?); expected one of ")
     assert told.endswith("A recipe of your own is given by its path, such as ./phi35-mobil-int4.yaml.")
 
 

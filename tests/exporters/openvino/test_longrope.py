@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return model, write_artifact(model, folder)
 
 
-def settings() -> genai.GenerationConfig:
+def settings() -> Any:
     return genai.GenerationConfig(max_new_tokens=ANSWER, do_sample=False, ignore_eos=True)
 
 
