@@ -94,18 +94,12 @@ def next_tokens(generator: Any, count: int) -> np.ndarray:
 
 def test_answers_and_turns_cross_longropes_original_context(tmp_path: Path) -> None:
     model = model_with(tmp_path / "checkpoint", write_byte_level(tmp_path / "checkpoint", LLAMA3), rope=LONG)
-    opened = og.Model(str(write_artifact(model, tmp_path)))
-    params = og.GeneratorParams(opened)
-    params.set_search_options(do_sample=False, max_length=model.context_length)
-    generator = og.Generator(opened, params)
+    runtime = EXPORTER.open(write_artifact(model, tmp_path), OnnxOptions())
+    turns = [random_ids(model.graph, length) for length in (ORIGINAL - 3, 20, 9)]
     said: list[int] = []
-    for turn in (ORIGINAL - 12, 20, 9):  # within it, across it, beyond it
-        prompt = random_ids(model.graph, turn)
-        generator.append_tokens(prompt)
-        answer = next_tokens(generator, 6)[:, 0].tolist()
-        assert likeliest(model, [*said, *prompt], answer), turn
-        said += [*prompt, *answer]
-    assert len(said) > ORIGINAL + 20
+    for turn, answer in zip(turns, runtime.converse(turns, 6), strict=True):
+        assert len(answer) == 6 and likeliest(model, [*said, *turn], answer)
+        said += [*turn, *answer]
 
 
 def test_a_batch_crosses_longropes_original_context(tmp_path: Path) -> None:

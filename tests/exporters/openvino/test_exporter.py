@@ -103,7 +103,7 @@ def test_transformers_reads_config_json_as_the_same_model(name, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == model.graph.config.family
     again = read_config(tmp_path)
     original = model.graph.config.rope.original_context
-    rope = replace(again.rope, original_context=original)
+    rope = replace(again.rope, original_context=original).for_context(model.context_length)
     assert replace(again, rope=rope) == model.graph.config
 
 
