@@ -23,7 +23,7 @@ from exporters.base import (
     TargetOptions,
     TensorRow,
 )
-from exporters.minja import chat_differences
+from exporters.minja import ORT_GENAI, chat_differences
 from exporters.onnx import examine
 from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
@@ -83,7 +83,7 @@ class OnnxExporter:
         return Semantics(_sentence(model, resolve_settings(model, options)), 1, model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return chat_differences(model.tokenizer.chat_template, "ONNX Runtime GenAI")
+        return chat_differences(model.tokenizer.chat_template, ORT_GENAI)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.onnx.read_back import read_matrices  # needs onnx

@@ -143,6 +143,8 @@ def test_another_template_in_the_artifact_fails(target: Target, tmp_path: Path) 
     ("target", "template", "name", "kinds"),
     [
         ("onnx", "{{ m.role | upper }} {{ m.content }}", "chat-template", 16),
+        ("onnx", "{{ m.keys() | list | length }} {{ m.content }} {{ m.role }}", "chat-template", 16),
+        ("openvino", "{{ m.role | title }} {{ m.content }}", "chat-template", 16),
         ("openvino", "{{ m.content or m.role }} {{ m.role and 'x' }}", "chat-template", 16),
         ("openvino", "{{ tools | tojson(indent=2) if tools }}{{ m.role }}{{ m.content }}", "chat-empty-json", 1),
         ("gguf", "{{ date_string | default('1 May 2024') }}: {{ m.role }} {{ m.content }}", "chat-date", 16),
