@@ -132,5 +132,5 @@ def chooses_by_logic(template: str) -> bool:
 def _nodes(template: str, kind: type[Node]) -> list[Node]:
     try:
         return list(chat_environment().parse(template).find_all(kind))
-    except (TemplateSyntaxError, RecursionError):
+    except (TemplateSyntaxError, RecursionError, ValueError):  # ValueError: a number of more digits than Python reads
         return []
