@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TypeGuard
@@ -35,8 +35,8 @@ class Rope:
     """Rotary position embedding, in the half-split ("neox") arrangement that Hugging Face uses.
 
     `dim` is the number of rotated dimensions of a head (all of them, or the first part: partial rotary).
-    `attention_factor` multiplies cos and sin. LongRoPE alone uses the factor lists, each of length dim/2, and changes
-    from short to long when the sequence is longer than `original_context`.
+    `attention_factor` multiplies cos and sin. LongRoPE alone uses the factor lists, each of length dim/2. `long` says
+    which of them rotates, at every position: as read, the short ones; see `for_context`.
     """
 
     kind: RopeKind
@@ -49,6 +49,20 @@ class Rope:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    long: bool = False
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """LongRoPE's factors that apply."""
+        return self.long_factors if self.long else self.short_factors
+
+    def for_context(self, context: int) -> Rope:
+        """The embedding of a model that is to read up to `context` tokens: beyond LongRoPE's original context the long
+        factors apply, else the short ones.
+
+        transformers goes by the length so far instead, which no cache of rotated keys survives.
+        """
+        return replace(self, long=self.kind is RopeKind.LONGROPE and context > self.original_context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from converters.errors import ModelError, ResourceError, TundishError, UsageError
+from converters.other_formats import refuse_other_formats
 from converters.source import CONFIG, FOLDER_RULE, Source
 
 # What a conversion reads: no pickles, no code, nothing in subfolders.
@@ -43,6 +44,7 @@ def download(repo_id: str, revision: str | None) -> Source:
     except FAILURES as error:
         raise explain(error, repo_id, revision) from error
     if not (folder / CONFIG).exists():
+        refuse_other_formats(folder)
         raise ModelError(
             "model is incomplete in the Hub's cache, or has no config.json",
             where=f"{repo_id}, {folder}",
@@ -109,7 +111,7 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     if response is not None:
-        return f"HTTP status {response.status_code} {response.reason or ''}".rstrip()
+        return f"HTTP status {response.status_code} {response.reason_phrase}".rstrip()
     text = str(cause).strip()
     if "timed out" in text:
         return "no answer in time"

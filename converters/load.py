@@ -22,6 +22,9 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, TensorTable], Graph]] = {
 
 def load_graph(folder: Path) -> Graph:
     """The graph of a checkpoint; reads headers and config.json, and weights only to see whether a tied head is its
-    embedding. ModelError if anything does not fit."""
+    embedding. ModelError if anything does not fit.
+
+    Its LongRoPE is that of texts within the original context; converters.passes.context makes it that of longer ones.
+    """
     config = read_config(folder)
     return ARCHITECTURES[config.family](config, TensorTable(canonical(open_checkpoint(folder))))

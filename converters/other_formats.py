@@ -27,6 +27,7 @@ _DEPTH = 6  # where configs say something of weights
 # What a format's config leaves out, since it has no other.
 _BITS_OF = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4}
 _GROUPS_OF = {"mxfp4": 32}
+_ONE_SCALE = {"channel": -1, "tensor": 0}  # strategies of compressed-tensors that state no group
 _BNB_BLOCK = 64  # bitsandbytes' default, which configs do not state
 
 _SHOWN = 120  # characters of what a stranger's file states
@@ -73,6 +74,9 @@ def describe(settings: Mapping[str, Json]) -> str:
         return _bitsandbytes(settings)
     bits = next(_values(settings, _BITS), _BITS_OF.get(method))
     group = next(_values(settings, _GROUPS), _GROUPS_OF.get(method))
+    if group is None:
+        strategy = next(_values(settings, ("strategy",)), None)
+        group = _ONE_SCALE.get(strategy) if isinstance(strategy, str) else None
     layout = settings.get("format")
     return _told(f"{name} ({layout})" if isinstance(layout, str) else str(name), bits, group)
 
@@ -92,6 +96,8 @@ def _told(name: str, bits: Json, group: Json) -> str:
         parts.append(f"blocks of {'×'.join(map(str, group))}")
     elif group == -1:
         parts.append("a scale a row")
+    elif group == 0:
+        parts.append("a scale a matrix")
     elif group is not None:
         parts.append(f"groups of {group}")
     text = ", ".join(parts)

@@ -100,11 +100,10 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Semantics:
-    """How an artifact treats its context: a sentence for the manifest, and the sequence lengths at which it computes
-    what the model itself computes. LongRoPE makes these differ between runtimes."""
+    """How an artifact treats its context: a sentence for the manifest, and the length up to which sequences are
+    computed as the model computes them in this context."""
 
     sentence: str
-    exact_from: int
     exact_to: int
 
 
@@ -124,7 +123,12 @@ class Difference:
 
 
 class Runtime(Protocol):
-    """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
+    """An artifact opened in the runtime it was made for. Verification gives it a process of its own.
+
+    `note` tells in the manifest what is not computed by the runtime itself; empty if all of it is.
+    """
+
+    note: str
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""

@@ -293,7 +293,7 @@ class Gates(_Part):
     chat: Flag = Field(default=True, description="the container's own renderer gives the chat template's prompts")
     stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
     state: Nats = Field(
-        default=0.01,
+        default=0.03,
         description="highest mean KL divergence from one pass of reading in pieces, in turns or in a batch, in nats",
     )
     as_opened_kl: Nats | None = Field(
@@ -532,7 +532,8 @@ def _find(name_or_path: str | Path) -> Path:
         return LIBRARY / (text + SUFFIX)
     near = get_close_matches(text, names, 1)
     raise UsageError(
-        f"unknown recipe {text!r}" + (f", did you mean {near[0]}?" if near else ""),
+        f"unknown recipe {text!r}",
+        where=f"did you mean {near[0]}?" if near else None,
         expected="one of " + ", ".join(names),
         mend=f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
     )

@@ -74,7 +74,7 @@ def run(request: Request) -> None:
     digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
-    emit("open", versions=package_versions(exporter.runtime_requires))
+    emit("open", versions=package_versions(exporter.runtime_requires), note=runtime.note)
     emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
     emit("chat", prompts=list(rendered(runtime, request.conversations)))
     for index, ids in enumerate(np.load(request.sequences)):

@@ -62,7 +62,7 @@ class GgufExporter:
         return replace(gguf_layout(model, FILE), small={MODELFILE: modelfile(model, FILE)})
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
-        """How llama.cpp, opening this file, treats LongRoPE, the context limit and the sliding window."""
+        """How llama.cpp, opening this file, treats the context limit and the sliding window."""
         from exporters.gguf.context import semantics
 
         return semantics(model)

@@ -26,11 +26,9 @@ BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at o
 
 
 class LlamaCpp:
-    """Implements exporters.base.Runtime.
+    """Implements exporters.base.Runtime. Contexts are as small as a sequence needs."""
 
-    llama.cpp selects LongRoPE factors by the context it allocates. Users allocate the context that the file states, so
-    contexts here are as small as a sequence needs, but on the same side of the original context as the file's own.
-    """
+    note = ""
 
     def __init__(self, path: Path) -> None:
         self._lib = load_library()
@@ -45,7 +43,6 @@ class LlamaCpp:
         self._path = path
         self._vocab = self._c.llama_model_get_vocab(self._model)
         self._vocab_size = int(self._c.llama_vocab_n_tokens(self._vocab))
-        self._smallest_context = self._find_smallest_context()
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
@@ -132,19 +129,6 @@ class LlamaCpp:
         """The last decode's logits, in llama.cpp's own memory."""
         return np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (count, self._vocab_size))
 
-    def _find_smallest_context(self) -> int:
-        arch = self._metadata("general.architecture")
-        original = self._metadata(f"{arch}.rope.scaling.original_context_length")
-        if self._metadata(f"{arch}.rope.scaling.type") != "longrope" or original is None:
-            return 1
-        own = allocated_context(int(self._c.llama_model_n_ctx_train(self._model)))
-        return int(original) + 1 if own > int(original) else 1
-
-    def _metadata(self, key: str) -> str | None:
-        value = ctypes.create_string_buffer(256)
-        found = self._c.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
-        return None if found < 0 else value.value.decode()
-
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids with one BOS if the model wants one, whether or not the chat template has written it."""
         ids = self._tokenize(prompt, add_special=False)
@@ -180,8 +164,8 @@ class LlamaCpp:
 
         With its `own` types as users have it, else with what is exact.
         """
+        capacity = allocated_context(length) * sequences
         self._chat = None  # the server has a context of its own
-        capacity = allocated_context(max(length, self._smallest_context)) * sequences
         kind = (capacity, sequences, own)
         if self._context is not None and self._kind == kind:
             self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)

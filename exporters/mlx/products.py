@@ -94,13 +94,13 @@ def _quantized_product(module: Module, x: mx.array) -> mx.array:
 
 def _by_numpy(x: mx.array, blocks: Iterable[F32], width: int) -> mx.array:
     """x @ matrix.T of a matrix that comes in blocks of rows f32[n, in], in the type of x."""
-    rows = _float32(x.reshape(-1, x.shape[-1]))
-    result = np.empty((len(rows), width), np.float32)
+    columns = _float32(x.reshape(-1, x.shape[-1])).T
+    result = np.empty((width, columns.shape[1]), np.float32)  # this way around BLAS has one large operand to part
     start = 0
     for block in blocks:
-        np.matmul(rows, block.T, out=result[:, start : start + len(block)])
+        np.matmul(block, columns, out=result[start : start + len(block)])
         start += len(block)
-    return mx.array(result).reshape(*x.shape[:-1], width).astype(x.dtype)
+    return mx.array(result).T.reshape(*x.shape[:-1], width).astype(x.dtype)
 
 
 def _float32(array: mx.array) -> F32:

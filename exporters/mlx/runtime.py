@@ -59,9 +59,11 @@ class MlxRuntime:
 
     def __init__(self, folder: Path) -> None:
         self._model, self._tokenizer = mlx_lm.load(str(folder))[:2]
+        self.note = ""
         self._own = self._wide = self._model.parameters()
         if mx.default_device().type == mx.DeviceType.cpu:
             compute_by_numpy(self._model)
+            self.note = "products of matrices and several tokens were computed by numpy in float32"
             if read_quantization(folder):
                 self._wide = tree_map_with_path(_widen, self._own)
 

@@ -30,6 +30,8 @@ class OnnxRuntime:
     is open at a time, so that a model is in memory once.
     """
 
+    note = ""
+
     def __init__(self, folder: Path, threads: int = 2) -> None:
         self._folder = folder
         self._threads = threads

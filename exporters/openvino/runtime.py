@@ -30,6 +30,8 @@ class OpenvinoRuntime:
     open at a time.
     """
 
+    note = ""
+
     def __init__(self, folder: Path, threads: int = 2) -> None:
         self._folder = folder
         self._properties: Mapping[str, str | int] = dict(EXACT) | {"INFERENCE_NUM_THREADS": threads}

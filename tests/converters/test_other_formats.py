@@ -42,6 +42,13 @@ COMPRESSED = {
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits, a scale a row"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8, 8 bits, blocks of 128×128"),
         (COMPRESSED, "compressed-tensors (pack-quantized), 4 bits, groups of 128"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "channel"}}},
+            },
+            "compressed-tensors, 8 bits, a scale a row",
+        ),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["a"]}, "MXFP4, 4 bits, groups of 32"),
         ({"quant_method": "hqq", "quant_config": {"w": {"nbits": 4, "group_size": 64}}}, "HQQ, 4 bits, groups of 64"),
         ({"quant_method": "brand-new"}, "brand-new"),

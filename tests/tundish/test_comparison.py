@@ -84,6 +84,15 @@ def test_figures_are_those_of_a_verification(builds: Sequence[Path], tmp_path: P
     assert failure_of(document) is None
 
 
+def test_contexts_on_both_sides_of_longropes(builds: Sequence[Path], checkpoint: Path, tmp_path: Path) -> None:
+    """Each is held against what its own context means."""
+    write_recipe(tmp_path / "long.yaml", checkpoint, targets={"gguf": {}}, context="full")
+    build(Choices(str(tmp_path / "long.yaml"), out=tmp_path / "long", verify=False), QUIET)
+    rows = ask(builds[0] / "gguf", tmp_path / "long")["artifacts"]
+    assert [abs(row["kl_mean"]) < 1e-5 for row in rows] == [True, True]
+    assert rows[0]["perplexity"] != pytest.approx(rows[1]["perplexity"], rel=1e-3)
+
+
 def verify_again_figures(folder: Path) -> dict[str, float]:
     recipe = json.loads((folder / "manifest.json").read_text())
     try:
