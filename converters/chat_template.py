@@ -101,6 +101,12 @@ def filters(template: str) -> frozenset[str]:
     return frozenset(node.name for node in _nodes(template, nodes.Filter))
 
 
+def methods(template: str) -> frozenset[str]:
+    """The methods that the template calls."""
+    called = (node.node for node in _nodes(template, nodes.Call))
+    return frozenset(node.attr for node in called if isinstance(node, nodes.Getattr))
+
+
 def indents_json(template: str) -> bool:
     """Whether the template prints JSON over several lines."""
     return any(node.name == "tojson" and (node.args or node.kwargs) for node in _nodes(template, nodes.Filter))
@@ -126,5 +132,5 @@ def chooses_by_logic(template: str) -> bool:
 def _nodes(template: str, kind: type[Node]) -> list[Node]:
     try:
         return list(chat_environment().parse(template).find_all(kind))
-    except (TemplateSyntaxError, RecursionError):
+    except (TemplateSyntaxError, RecursionError, ValueError):  # ValueError: a number of more digits than Python reads
         return []

@@ -69,7 +69,9 @@ class GgufExporter:
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
         template = model.tokenizer.chat_template
-        return (DATED,) if template is not None and "date_string" in variables(template) else ()
+        names = frozenset() if template is None else variables(template)
+        # A template that asks for the date itself gets the same one.
+        return (DATED,) if "date_string" in names and "strftime_now" not in names else ()
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

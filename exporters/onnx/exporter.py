@@ -23,7 +23,7 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.context import context_sentence
-from exporters.minja import chat_differences
+from exporters.minja import ORT_GENAI, chat_differences
 from exporters.onnx import examine
 from exporters.onnx.differences import tokenizer_differences
 from exporters.onnx.genai_config import genai_config
@@ -84,7 +84,7 @@ class OnnxExporter:
         return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        chat = chat_differences(model.tokenizer.chat_template, "ONNX Runtime GenAI")
+        chat = chat_differences(model.tokenizer.chat_template, ORT_GENAI)
         return (*tokenizer_differences(model.tokenizer), *chat)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:

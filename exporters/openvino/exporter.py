@@ -27,7 +27,7 @@ from exporters.base import (
     TensorRow,
 )
 from exporters.context import context_sentence
-from exporters.minja import chat_differences
+from exporters.minja import OPENVINO_GENAI, chat_differences
 from exporters.openvino import examine
 from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
@@ -87,7 +87,7 @@ class OpenvinoExporter:
         return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return chat_differences(model.tokenizer.chat_template, "openvino-genai")
+        return chat_differences(model.tokenizer.chat_template, OPENVINO_GENAI)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.openvino.read_back import read_matrices
