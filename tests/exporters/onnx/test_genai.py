@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from tests.converters.tiny_tokenizers import (  # noqa: E402
     TEKKEN,
     gate_texts,
     write_byte_level,
+    write_json,
     write_sentencepiece,
 )
 from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, write_artifact  # noqa: E402
@@ -40,8 +43,13 @@ def sentencepiece_json(folder: Path, phi3: bool) -> ModelConfig:
     config = write_sentencepiece(folder / "source", phi3)
     transformers.AutoTokenizer.from_pretrained(folder / "source").save_pretrained(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)
+    write_json(folder / "config.json", {"model_type": config.family})  # decides which class reads the file
     return config
 
+
+# transformers 5 merges a tokenizer.model in the order of its ids, SentencePiece and we in that of its scores. In this
+# model runs of spaces have early ids and the lowest scores.
+MERGED_BY_ID = re.compile(r"[ \u2581]{2}|\A[ \u2581]")
 
 TOKENIZERS: dict[str, Callable[[Path], ModelConfig]] = {
     "gpt2": lambda folder: write_byte_level(folder, None),
@@ -70,8 +78,15 @@ def test_token_ids_equal_transformers(name: str, tmp_path: Path) -> None:
     artifact = write_artifact(model, tmp_path)
     runtime = EXPORTER.open(artifact, OnnxOptions())
     reference = transformers.AutoTokenizer.from_pretrained(source)
+    for path in source.glob("config.json"):  # without it transformers takes another class
+        shutil.copy(path, artifact)
     again = transformers.AutoTokenizer.from_pretrained(artifact)
-    for text in gate_texts(model.tokenizer):
+    declared = [kind for kind in EXPORTER.differences(model, OnnxOptions()) if kind.of == "encoding"]
+    texts = [text for text in gate_texts(model.tokenizer) if not any(kind.applies(text) for kind in declared)]
+    if "tokenizer.json" not in model.tokenizer.files:
+        texts = [text for text in texts if not MERGED_BY_ID.search(text)]
+    assert len(texts) > 10
+    for text in texts:
         expected = reference(text)["input_ids"]
         assert runtime.tokenize(text) == expected, text
         assert again(text)["input_ids"] == expected, f"transformers reads the artifact differently: {text}"
