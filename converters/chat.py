@@ -20,7 +20,7 @@ WHERE = "chat_template"
 MAX_SHOWN = 500  # characters of a template's own error message
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """The block {% generation %}, which marks the assistant's words for training: here it is just its content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
@@ -68,7 +68,7 @@ def render(
     """render_chat by a template and its variables."""
     try:
         prompt = (
-            _environment()
+            chat_environment()
             .from_string(template)
             .render(
                 messages=[dict(message) for message in messages],
@@ -96,9 +96,9 @@ def _broken(error: Exception) -> ModelError:
     )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def chat_environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise

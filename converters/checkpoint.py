@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.errors import ModelError
 from converters.json_file import MAX_NBYTES, Json, inside, parse_json, read_json, regular_size
+from converters.other_formats import refuse_other_formats, unsupported_type
 from converters.quantize.tensor import FloatArray
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,7 +25,9 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
 }
+COMPARED = 1 << 22  # numbers at a time
 
 
 class TensorSource(Protocol):
@@ -48,13 +51,20 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor in a safetensors file. `offset` counts bytes from the start of the file."""
+    """A tensor in a safetensors file. `offset` counts bytes from the start of the file.
+
+    float64 is read as float32, in which models compute.
+    """
 
     name: str
     path: Path
     offset: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    stored: np.dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32) if self.stored == np.float64 else self.stored
 
     @property
     def location(self) -> tuple[str, int]:
@@ -62,13 +72,13 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
     def read(self, start: int, stop: int) -> FloatArray:
         row = math.prod(self.shape[1:])
         count = (stop - start) * row
         try:
-            data = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * row * self.dtype.itemsize)
+            data = np.fromfile(self.path, self.stored, count, offset=self.offset + start * row * self.stored.itemsize)
         except OSError as error:
             where = f"{self.path.name}, tensor {self.name}"
             raise ModelError("checkpoint file cannot be read", where=where, found=str(error)) from error
@@ -80,7 +90,8 @@ class LazyTensor:
                 found=f"{data.size}",
                 mend="Download the file again.",
             )
-        return data.reshape(stop - start, *self.shape[1:])
+        with np.errstate(over="ignore"):  # what is too large is infinite, and refused as such
+            return data.reshape(stop - start, *self.shape[1:]).astype(self.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +119,26 @@ class RowView:
         return self.base.read(self.start + start, self.start + stop)
 
 
+def same_numbers(one: TensorSource, other: TensorSource) -> bool:
+    """Whether two tensors hold the same numbers; reads them as far as they do. NaN is like no number."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
+    for start in range(0, one.shape[0], step):
+        stop = min(start + step, one.shape[0])
+        a, b = (each.read(start, stop).astype(np.float32, copy=False) for each in (one, other))
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
 def open_checkpoint(folder: Path) -> Mapping[str, LazyTensor]:
     """Every tensor of a checkpoint folder by name, from headers alone; ModelError if anything in them is off.
 
     model.safetensors is taken if it exists, otherwise the shards that the index names: the order of transformers.
     Other safetensors files beside them (Mistral ships the weights twice) are not looked at.
     """
+    refuse_other_formats(folder)
     if (folder / SINGLE).exists():
         return read_safetensors_header(inside(folder, SINGLE))
     if not (folder / INDEX).exists():
@@ -164,6 +189,11 @@ def read_safetensors_header(path: Path) -> dict[str, LazyTensor]:
         mend = "Download the checkpoint again."
         raise ModelError("checkpoint file missing or unreadable", where=where, found=str(error), mend=mend) from error
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        stored = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(stored, str) and stored not in DTYPES:
+            shapes = {each: _integers(of.get("shape")) or () for each, of in header.items() if isinstance(of, dict)}
+            raise unsupported_type(f"{path.name}, tensor {name}", stored, DTYPES, shapes)
     tensors = {name: _lazy_tensor(name, entry, path, 8 + length) for name, entry in header.items()}
     _check_coverage(path, tensors, 8 + length, size)
     return tensors
@@ -177,14 +207,9 @@ def _lazy_tensor(name: str, entry: Json, path: Path, data_start: int) -> LazyTen
         expected = f"dtype, shape (at most {MAX_DIMS} sizes) and data_offsets"
         raise ModelError("malformed safetensors header", where=where, expected=expected)
     stored = entry.get("dtype")
-    if not isinstance(stored, str) or stored not in DTYPES:
-        raise ModelError(
-            "tensor type is not supported",
-            where=where,
-            expected=", ".join(DTYPES),
-            found=str(stored),
-            mend="If the checkpoint is quantized, convert the original one.",
-        )
+    if not isinstance(stored, str):
+        expected = f"a dtype, such as {', '.join(DTYPES)}"
+        raise ModelError("malformed safetensors header", where=where, expected=expected, found=str(stored))
     nbytes, begin, end = math.prod(shape) * DTYPES[stored].itemsize, *offsets
     if end - begin != nbytes:
         expected = f"{nbytes} bytes for {stored}{list(shape)}"

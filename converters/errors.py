@@ -47,6 +47,10 @@ class ModelError(TundishError):
     exit_status = 3
 
 
+class NotFiniteError(ModelError):
+    """The model computes NaN or Inf on sound input; a weight may be to blame, see quantize.block.blaming_weights."""
+
+
 class GateError(TundishError):
     """An artifact was made and did not pass verification."""
 

@@ -16,12 +16,12 @@ from itertools import cycle
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError
+from converters.errors import NotFiniteError
 from converters.graph import Graph, Node, Weight
 from converters.interpret import WeightRows, by_reference, interpret
 from converters.ops import Attention, Embedding, Rows
 from converters.quantize.tensor import F32
-from converters.rope import apply_rope, cos_sin, uses_long_factors
+from converters.rope import apply_rope, cos_sin
 
 KEYS = 256  # for which scores are computed at a time: more make OpenBLAS copy them, at three times the cost
 MOST_NBYTES = 2 << 30  # of widened weights, keys and values
@@ -30,8 +30,7 @@ MOST_NBYTES = 2 << 30  # of widened weights, keys and values
 class Decoder:
     """A batch of sequences that grow by a token a step, up to `length`; keys and values of the past stay in memory.
 
-    LongRoPE's factors are those that `length` selects from the first token on: the logits are those of `interpret` for
-    the whole sequences.
+    The logits are those of `interpret` for the whole sequences.
     """
 
     def __init__(self, graph: Graph, batch: int, length: int, read: Callable[[Weight], Rows] = WeightRows) -> None:
@@ -42,11 +41,7 @@ class Decoder:
             node.name: np.zeros((2, batch, op.num_kv_heads, length, op.head_dim), np.float32)
             for node, op in attentions(graph)
         }
-        self._rotations = {
-            node.name: cos_sin(op.rope, length, long=uses_long_factors(op.rope, length))
-            for node, op in attentions(graph)
-            if op.rope is not None
-        }
+        self._rotations = {node.name: cos_sin(op.rope, length) for node, op in attentions(graph) if op.rope is not None}
 
     def step(self, token_ids: NDArray[np.int64]) -> F32:
         """Logits f32[batch, vocab] after one more token of each sequence, token_ids i64[batch]."""
@@ -144,7 +139,7 @@ def draw(logits: F32, chances: NDArray[np.float64]) -> NDArray[np.int64]:
     """i64[batch]: tokens at these quantiles, in [0, 1), of softmax(logits), f32[batch, vocab]. ModelError for NaN."""
     most = logits.max(axis=1, keepdims=True)
     if not np.isfinite(most).all():
-        raise ModelError(
+        raise NotFiniteError(
             "the model computes no finite logits",
             where="generating calibration text",
             mend="Download the model again; if it is the publisher's, calibrate with text.",

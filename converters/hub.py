@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from httpx2 import HTTPError
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from converters.errors import ModelError, ResourceError, TundishError, UsageError
+from converters.other_formats import refuse_other_formats
 from converters.source import CONFIG, FOLDER_RULE, Source
 
 # What a conversion reads: no pickles, no code, nothing in subfolders.
@@ -26,7 +28,7 @@ UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's seco
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([\w ]+)")  # as Python words it, within what others made of it
-FAILURES = (HfHubHTTPError, HFValidationError, OSError)  # what huggingface_hub raises, with that of requests
+FAILURES = (HTTPError, HFValidationError, OSError)  # what huggingface_hub raises, and HTTPX under it
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
@@ -43,6 +45,7 @@ def download(repo_id: str, revision: str | None) -> Source:
     except FAILURES as error:
         raise explain(error, repo_id, revision) from error
     if not (folder / CONFIG).exists():
+        refuse_other_formats(folder)
         raise ModelError(
             "model is incomplete in the Hub's cache, or has no config.json",
             where=f"{repo_id}, {folder}",
@@ -97,6 +100,7 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
         (LocalEntryNotFoundError, f"{neither}the {kind} is not in the Hub's cache", lambda: _out_of_reach(kind)),
         (HFValidationError, f"{neither}no valid Hub id", lambda: FOLDER_RULE if is_model else "Ids are owner/name."),
         (HfHubHTTPError, f"the Hub refused to serve the {kind}", lambda: "Try again later, or check HF_TOKEN."),
+        (HTTPError, "download broke off", lambda: "Run again: it continues where it stopped."),
         (OSError, "download broke off", lambda: "Run again: it continues where it stopped."),
     ]
     what, mend = next((what, mend) for failure, what, mend in rows if isinstance(error, failure))
@@ -109,7 +113,7 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     if response is not None:
-        return f"HTTP status {response.status_code} {response.reason or ''}".rstrip()
+        return f"HTTP status {response.status_code} {response.reason_phrase}".rstrip()
     text = str(cause).strip()
     if "timed out" in text:
         return "no answer in time"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -58,7 +59,7 @@ def _names(repo_id: str, folder: Path) -> list[str]:
         info = HfApi().dataset_info(repo_id, revision=folder.name)
     except HfHubHTTPError:
         raise
-    except OSError:  # out of reach
+    except (HTTPError, OSError):  # out of reach
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [sibling.rfilename for sibling in info.siblings or []]
 

@@ -9,6 +9,7 @@ from converters.architectures import llama, phi3
 from converters.checkpoint import open_checkpoint
 from converters.config import ModelConfig, read_config
 from converters.graph import Graph
+from converters.tensor_names import canonical
 from converters.tensors import TensorTable
 
 # model_type of config.json -> the function that builds the graph.
@@ -20,6 +21,10 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, TensorTable], Graph]] = {
 
 
 def load_graph(folder: Path) -> Graph:
-    """The graph of a checkpoint; reads headers and config.json, no weights. ModelError if anything does not fit."""
+    """The graph of a checkpoint; reads headers and config.json, and weights only to see whether a tied head is its
+    embedding. ModelError if anything does not fit.
+
+    Its LongRoPE is that of texts within the original context; converters.passes.context makes it that of longer ones.
+    """
     config = read_config(folder)
-    return ARCHITECTURES[config.family](config, TensorTable(open_checkpoint(folder)))
+    return ARCHITECTURES[config.family](config, TensorTable(canonical(open_checkpoint(folder))))

@@ -10,19 +10,19 @@ from converters.config import Rope, RopeKind
 from converters.quantize.tensor import F32
 
 
-def inverse_frequencies(rope: Rope, *, long: bool = False) -> F32:
+def inverse_frequencies(rope: Rope) -> F32:
     """f32[dim/2]: radians per position of each rotated pair, scaled by the rope's kind.
 
-    default: theta^(-2i/dim)  (Su et al. 2021).  linear: divided by factor.  longrope: divided by the short or, with
-    `long`, the long factors (Ding et al. 2024).  llama3: wavelengths above original/low_freq_factor are divided by
-    factor, those below original/high_freq_factor kept, in between interpolated (Llama 3.1 model code).
+    default: theta^(-2i/dim)  (Su et al. 2021).  linear: divided by factor.  longrope: divided by the factors that apply
+    (Ding et al. 2024).  llama3: wavelengths above original/low_freq_factor are divided by factor, those below
+    original/high_freq_factor kept, in between interpolated (Llama 3.1 model code).
     """
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     base: F32 = np.float32(1) / np.power(np.float32(rope.theta), exponent, dtype=np.float32)
-    return base / frequency_divisors(rope, long=long)
+    return base / frequency_divisors(rope)
 
 
-def frequency_divisors(rope: Rope, *, long: bool = False) -> F32:
+def frequency_divisors(rope: Rope) -> F32:
     """f32[dim/2]: what each unscaled frequency is divided by. All ones for the default kind."""
     half = rope.dim // 2
     if rope.kind is RopeKind.DEFAULT:
@@ -30,7 +30,7 @@ def frequency_divisors(rope: Rope, *, long: bool = False) -> F32:
     if rope.kind is RopeKind.LINEAR:
         return np.full(half, rope.factor, np.float32)
     if rope.kind is RopeKind.LONGROPE:
-        return np.array(rope.long_factors if long else rope.short_factors, np.float32)
+        return np.array(rope.factors, np.float32)
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     wavelength = 2 * math.pi * np.power(np.float32(rope.theta), exponent, dtype=np.float32)
     low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
@@ -41,16 +41,9 @@ def frequency_divisors(rope: Rope, *, long: bool = False) -> F32:
     return divisors.astype(np.float32)
 
 
-def uses_long_factors(rope: Rope, length: int) -> bool:
-    """Whether a sequence of `length` tokens takes LongRoPE's long factors: chosen as in transformers."""
-    return rope.kind is RopeKind.LONGROPE and length > rope.original_context
-
-
-def cos_sin(rope: Rope, length: int, *, long: bool | None = None) -> tuple[F32, F32]:
-    """cos and sin, f32[length, dim/2] each, attention factor included. `long` defaults to what the length selects."""
-    if long is None:
-        long = uses_long_factors(rope, length)
-    angle = np.outer(np.arange(length, dtype=np.float32), inverse_frequencies(rope, long=long)).astype(np.float32)
+def cos_sin(rope: Rope, length: int) -> tuple[F32, F32]:
+    """cos and sin, f32[length, dim/2] each, attention factor included."""
+    angle = np.outer(np.arange(length, dtype=np.float32), inverse_frequencies(rope)).astype(np.float32)
     factor = np.float32(rope.attention_factor)
     return (np.cos(angle) * factor).astype(np.float32), (np.sin(angle) * factor).astype(np.float32)
 

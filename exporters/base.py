@@ -100,11 +100,10 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Semantics:
-    """How an artifact treats its context: a sentence for the manifest, and the sequence lengths at which it computes
-    what the model itself computes. LongRoPE makes these differ between runtimes."""
+    """How an artifact treats its context: a sentence for the manifest, and the length up to which sequences are
+    computed as the model computes them in this context."""
 
     sentence: str
-    exact_from: int
     exact_to: int
 
 
@@ -113,7 +112,8 @@ class Difference:
     """A kind of text that a container cannot hold as the model's own tokenizer does, however its files are written.
 
     `name` is short and stable, for manifests; `sentence` tells a user what happens to which text. `applies` says
-    whether a text is of this kind. Verification counts such texts apart; any other that differs fails.
+    whether a text is of this kind; of a chat the text is JSON, an object with messages and tools. Verification counts
+    such texts apart; any other that differs fails.
     """
 
     name: str
@@ -127,10 +127,33 @@ class Difference:
 
 
 class Runtime(Protocol):
-    """An artifact opened in the runtime it was made for. Verification gives it a process of its own."""
+    """An artifact opened in the runtime it was made for. Verification gives it a process of its own.
+
+    `note` tells in the manifest what is not computed by the runtime itself; empty if all of it is.
+    """
+
+    note: str
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
+        ...
+
+    def continued(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] as `logits` has it, for a sequence that is read piece after piece from an empty cache."""
+        ...
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[F32]:
+        """f32[length, vocab] of each sequence, computed together: all but their last tokens, padded as the runtime
+        does it where they have other lengths, then the last ones, from what is cached."""
+        ...
+
+    def as_opened(self, token_ids: Sequence[int]) -> F32:
+        """As `logits`, but with the types and approximations that the runtime has when users open the artifact."""
+        ...
+
+    def converse(self, turns: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers of at most `count` tokens to each turn, opened as users open it. A turn continues what was
+        said before, and the runtime keeps its state in between as it does in a chat."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
@@ -139,6 +162,15 @@ class Runtime(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, one or more, without special tokens."""
+        ...
+
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        """A conversation by the artifact's chat template in the renderer that users get; `prompt`: an answer follows.
+
+        `messages` and `tools` are as transformers' apply_chat_template takes them. Raises if the renderer does.
+        """
         ...
 
     def answer(self, prompt: str, max_tokens: int) -> Answer:

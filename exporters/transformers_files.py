@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 from converters.config import Rope
 from converters.config_keys import FAMILIES
 from exporters.base import Model
 
 Json = dict[str, object]
+
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def decoder_config(model: Model, positions: int, rope_scaling: Json | None, dtype: str) -> Json:
@@ -76,9 +79,18 @@ def tokenizer_files(model: Model) -> dict[str, bytes]:
     """The checkpoint's tokenizer files as they are; the chat template as a file where none of them holds it."""
     files = {name: path.read_bytes() for name, path in model.tokenizer.files.items()}
     template = model.tokenizer.chat_template
-    if template is not None and "chat_template.jinja" not in files:
-        files["chat_template.jinja"] = template.encode()
+    if template is not None and TEMPLATE not in files:
+        files[TEMPLATE] = template.encode()
     return files
+
+
+def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """The files with this chat template and no other: some runtimes prefer tokenizer_config.json's to the file's."""
+    changed = {**files, TEMPLATE: template.encode()}
+    settings = json.loads(files.get(CONFIG, b"{}"))
+    if settings.get("chat_template", template) != template:
+        changed[CONFIG] = encode_json({key: value for key, value in settings.items() if key != "chat_template"})
+    return changed
 
 
 def encode_json(value: Json) -> bytes:

@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         if found := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(found[1], found[2])
         elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[2], found[3], body=body)
         else:
@@ -75,6 +77,14 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in repo.files]
             info = {"id": repo_id, "modelId": repo_id, "sha": repo.commit, "siblings": siblings, "tags": []}
             self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body=True)
+
+    def _tree(self, repo_id: str, revision: str) -> None:
+        if repo := self._repo(repo_id, revision):
+            rows = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in repo.files.items()
+            ]
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(rows).encode(), body=True)
 
     def _file(self, repo_id: str, revision: str, name: str, *, body: bool) -> None:
         repo = self._repo(repo_id, revision)

@@ -97,7 +97,13 @@ def test_commands_of_the_installed_wheel(scripts: Path, tmp_path: Path) -> None:
 def tiny_checkpoint(folder: Path) -> Path:
     vocab_size = write_byte_level(folder, None).vocab_size
     config = LlamaConfig(
-        vocab_size, 64, 128, num_hidden_layers=1, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -157,6 +157,7 @@ def assign_by_budget(
     stored = [[[scheme.name for scheme in schemes] for schemes in each.schemes] for each in options]
     settings = {
         "method": "measured" if measured else "estimated",
+        "long_factors": graph.config.rope.long,
         "stacks": [[list(each.names), schemes] for each, schemes in zip(options, stored, strict=True)],
     }
     costs = [

@@ -19,7 +19,7 @@ from converters.ops import Linear
 from converters.passes.fold import fold_scales
 from converters.quantize.adaround import ADAROUND_STEPS, refine_adaround
 from converters.quantize.awq import find_scales
-from converters.quantize.block import Rounding, quantize_rows, read_rows
+from converters.quantize.block import Rounding, blaming_weights, quantize_rows, read_rows
 from converters.quantize.codes import CodeStore
 from converters.quantize.gptq import quantize_gptq
 from converters.quantize.hqq import quantize_hqq
@@ -214,9 +214,23 @@ def calibrate(
 ) -> Calibrated:
     """Do what the recipe asks for. `text` is what calibration_text gave, `keep` knows what was found in it before.
 
-    `say` is told what begins; `start` the number of elements that `advance` then counts. ModelError names a layer that
-    computes no finite values or cannot be fitted, UsageError says what is wrong with a text or an importance matrix.
+    `say` is told what begins; `start` the number of elements that `advance` then counts. ModelError names a weight that
+    is not finite, or a layer that computes no finite values or cannot be fitted; UsageError says what is wrong with a
+    text or an importance matrix.
     """
+    with blaming_weights(model.graph):
+        return _calibrate(model, recipe, text, keep, say, start, advance)
+
+
+def _calibrate(
+    model: Model,
+    recipe: Recipe,
+    text: CalibrationText | None,
+    keep: Keep,
+    say: Callable[[str], None],
+    start: Callable[[str, int], None],
+    advance: Callable[[int], None],
+) -> Calibrated:
     calibration, read = recipe.calibration, reading(model, recipe)
     rounding = quantize_hqq if recipe.settled_method is Method.HQQ else quantize_rtn
     if not is_calibrated(model.graph, recipe):

@@ -124,6 +124,7 @@ def _settings(graph: Graph, recipe: Recipe) -> Json:
         "numpy": np.__version__,
         "computed_by": products().name,
         "method": recipe.settled_method.value,
+        "long_factors": graph.config.rope.long,
         "schemes": {weight.name: weight.scheme.name for weight in graph.weights.values()},
     }
 

@@ -117,7 +117,8 @@ def from_json(document: Json) -> SourceDigests:
 
 
 def _survey(choices: Choices, source: Source, digests: SourceDigests, events: Events) -> Json:
-    """A cell as it stands: `manifest` if it is built already, else what its build needs; or why it cannot be built.
+    """A cell as it stands: `manifest` if it is built already, else what its build needs, and `why` there is to be one;
+    or why it cannot be built.
 
     `calibration` is the same for cells that need the same one, which is not there yet.
     """
@@ -125,10 +126,9 @@ def _survey(choices: Choices, source: Source, digests: SourceDigests, events: Ev
         recipe = settle_recipe(choices)
         model = open_model(source, recipe)
         text = calibration_text(model, recipe)
-        if not choices.fresh:
-            manifest = _built(choices, recipe, digests, text, events)
-            if manifest is not None:
-                return {"manifest": manifest}
+        built = "--fresh" if choices.fresh else _built(choices, recipe, digests, text, events)
+        if not isinstance(built, str):
+            return {"manifest": built}
         plan = make_plan(model, recipe, EXPORTERS, choices.threads or 1)
     except TundishError as error:
         return {"status": error.exit_status, "message": str(error)}
@@ -142,7 +142,7 @@ def _survey(choices: Choices, source: Source, digests: SourceDigests, events: Ev
             group = canonical(key.parts)
         else:
             plan = plan.with_cached_calibration()
-    return {"memory": plan.memory + _runtime_bytes(plan, recipe), "calibration": group}
+    return {"memory": plan.memory + _runtime_bytes(plan, recipe), "calibration": group, "why": built}
 
 
 def _runtime_bytes(plan: Plan, recipe: Recipe) -> int:
@@ -153,26 +153,38 @@ def _runtime_bytes(plan: Plan, recipe: Recipe) -> int:
 
 def _built(
     choices: Choices, recipe: Recipe, digests: SourceDigests, text: CalibrationText | None, events: Events
-) -> Json | None:
+) -> Json | str:
     """The manifest of an undamaged build of this source, recipe and calibration by this version, which is verified as
-    far as it would be now; None if there is none."""
+    far as it would be now; or what there is instead."""
     out = output(choices, recipe)
     if not (out / MANIFEST).is_file():
-        return None
+        return "no build there"
     manifest = read_manifest(out)
-    if (
-        manifest["tundish"] != version("tundish")
-        or manifest["recipe_digest"] != recipe_digest(portable_recipe(recipe))
-        or manifest["source"]["files"] != digests.sha256
-        or not _is_verified(manifest, recipe)
-        or not _is_calibration(manifest["calibration"] or {}, recipe, text)
-    ):
-        return None
+    differing = _differing(manifest, recipe, digests, text)
+    if differing is not None:
+        return f"the build there {differing}"
     try:
         return require_intact(out, choices.threads or 1).manifest
     except GateError as error:
         events.emit("message", message=f"built anew: {error}")
-        return None
+        return f"the build there is damaged: {error}"
+
+
+def _differing(manifest: Json, recipe: Recipe, digests: SourceDigests, text: CalibrationText | None) -> str | None:
+    """In what a build is not what is asked for."""
+    if manifest["tundish"] != version("tundish"):
+        return f"is by tundish {manifest['tundish']}"
+    if manifest["recipe_digest"] != recipe_digest(portable_recipe(recipe)):
+        return "is of another recipe"
+    files = manifest["source"]["files"]
+    if files != digests.sha256:
+        names = sorted(name for name in {*files, *digests.sha256} if files.get(name) != digests.sha256.get(name))
+        return f"is of other files: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    if not _is_verified(manifest, recipe):
+        return "is not verified as the recipe asks"
+    if not _is_calibration(manifest["calibration"] or {}, recipe, text):
+        return "was calibrated with another text or file"
+    return None
 
 
 def _is_verified(manifest: Json, recipe: Recipe) -> bool:

@@ -86,23 +86,32 @@ def _answer(answer: object) -> str:
 def _serve() -> None:
     """For the child: the first line says what to render by, and within what."""
     template, variables, seconds, memory = json.loads(sys.stdin.readline())
-    if sys.platform != "win32":
-        import resource
-
-        most = psutil.Process().memory_info().vms + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit_memory(memory)
     print("0", flush=True)
     for line in sys.stdin:
         messages, prompt = json.loads(line)
-        if sys.platform != "win32":
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal nobody handles: it ends the process
+        limit_time(seconds)
         try:
             answer: object = _bounded(render(template, variables, messages, prompt), CHARACTERS + 16 * len(line))
         except ModelError as error:
             answer = {name: getattr(error, name) for name in ("what", "where", "expected", "found", "mend")}
-        if sys.platform != "win32":
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        limit_time(0)
         print(json.dumps(answer), flush=True)
+
+
+def limit_time(seconds: float) -> None:
+    """End this process after so many seconds of a processor, where the system has such timers; 0 is no limit."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process take at most so many bytes more, where the system has such limits."""
+    if sys.platform != "win32":
+        import resource
+
+        most = psutil.Process().memory_info().vms + nbytes
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _bounded(prompt: str, most: int) -> str:

@@ -224,6 +224,7 @@ def plan(
             }
             for target, layout in made.layouts.items()
         },
+        "remarks": list(made.remarks),
         "budget": made.assignment and made.assignment.as_dict(),
         "calibration": "cached" if made.cached else None,
         "disk": made.disk,

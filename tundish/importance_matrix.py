@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from converters.errors import UsageError
 from converters.file_digest import sha256_of
 from converters.graph import Node
+from converters.quantize.block import blaming_weights
 from converters.quantize.imatrix import read_imatrix, write_imatrix
 from converters.quantize.importance import random_token_squares
 from converters.quantize.sequential import quantize_sequentially
@@ -60,7 +61,8 @@ def make_imatrix(choices: Choices, file: Path, form: Form | None, watcher: Watch
         read = reading_asked(model, recipe)
         reclaim(path, watcher.say)
         with staging(path) as folder:  # made first: a disk that refuses it shall not do so after minutes
-            squares, name, record = _measure(model, recipe, watcher)
+            with blaming_weights(model.graph):
+                squares, name, record = _measure(model, recipe, watcher)
             require_unchanged(source.folder, stamp)
             means = imatrix_means(squares, model.graph)
             legacy = form == "dat"

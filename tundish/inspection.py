@@ -43,7 +43,7 @@ def inspect_path(path: Path) -> list[TensorRow]:
             )
         return rows
     return [
-        TensorRow(tensor.path.name, tensor.name, str(tensor.dtype), tensor.shape, tensor.nbytes)
+        TensorRow(tensor.path.name, tensor.name, str(tensor.stored), tensor.shape, tensor.nbytes)
         for tensor in open_checkpoint(folder).values()
     ]
 

@@ -56,6 +56,7 @@ from tundish.processors import cores
 from tundish.publish import left_by_killed, publish, reclaim, require_name, require_replaceable, restore, staging
 from tundish.recipe import Recipe, line_of, load_recipe
 from tundish.recipe_errors import MisfitError
+from tundish.remarks import remarks, try_template
 from tundish.results import TargetResult
 from tundish.resume import (
     bytes_in,
@@ -152,8 +153,11 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     checkpoint = cache(partial(source_digest, source.folder, threads))
     memory = CostMemory(checkpoint, choices.fresh, watcher.say)
     with fixed_blas():
-        model, assignment = settle_schemes(open_model(source, recipe), recipe, memory, watcher.start, watcher.advance)
-    plan = replace(make_plan(model, recipe, EXPORTERS, threads, choices.verify), assignment=assignment)
+        opened = open_model(source, recipe)
+        told = _tell_remarks(opened, recipe, source, choices, watcher)
+        model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
+    plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
+    plan = replace(plan, assignment=assignment, remarks=told)
     prepare = perf_counter() - start - plan.compiling - memory.seconds  # these once: the next build finds them
     out = output(choices, recipe)
     text = None
@@ -170,6 +174,16 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     calibrated = is_calibrated(model.graph, recipe)
     time = estimate_time(model.graph, plan.layouts, files, disk_of(out), threads, read, prepare, calibrated)
     return recipe, replace(plan, time=time)
+
+
+def _tell_remarks(model: Model, recipe: Recipe, source: Source, choices: Choices, watcher: Watcher) -> tuple[str, ...]:
+    """Say what is remarkable in the model. ModelError if verification would fail over its chat template."""
+    told = remarks(model, source.folder)
+    for remark in told:
+        watcher.say(f"note: {remark}")
+    if choices.verify and recipe.verify.enabled:
+        try_template(model, recipe)
+    return told
 
 
 def output(choices: Choices, recipe: Recipe) -> Path:
@@ -290,10 +304,11 @@ def _plan_artifacts(job: _Build) -> tuple[Model, Plan]:
     memory = CostMemory(job.sha256, job.choices.fresh, watcher.say)
     with fixed_blas():
         opened = open_model(job.source, recipe)
+        told = _tell_remarks(opened, recipe, job.source, job.choices, watcher)
         model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
     watcher.say("planning; kernels that were never used here are compiled")
     plan = make_plan(model, recipe, EXPORTERS, job.threads, job.choices.verify)
-    return model, replace(plan, assignment=assignment)
+    return model, replace(plan, assignment=assignment, remarks=told)
 
 
 def _pour_artifacts(

@@ -59,6 +59,7 @@ def build_manifest(
         "context_length": model.context_length,
         "libraries": _versions(recipe),
         "dropped": dict(model.graph.dropped),
+        **({"remarks": list(plan.remarks)} if plan.remarks else {}),
         "weights": {
             row.name: {"shape": list(row.shape), "scheme": row.scheme}
             | ({"digest": poured.matrices[row.name]} if row.name in poured.matrices else {})

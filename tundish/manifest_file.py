@@ -147,6 +147,7 @@ class _Manifest(_Record):
     calibration: dict[str, str | int | bool | None] | None
     budget: _Budget | None
     libraries: dict[str, str]
+    remarks: list[str] = []
     targets: dict[Annotated[Target, Field(strict=False)], _Target] = Field(min_length=1)
     verification: dict[Annotated[Target, Field(strict=False)], _Result] | None
     documents: _Files

@@ -238,7 +238,8 @@ class _Matrix:
                 [self._begin(each, threads, self.options.fresh and answer.status != 0) for each in followers]
             )
             result, manifest = "failed" if answer.status else "built", answer.result.get("manifest")
-            self._ended(built, result, answer.status, answer.message, manifest, answer)
+            message = answer.message or self.needs[built.name]["why"]
+            self._ended(built, result, answer.status, message, manifest, answer)
 
     def _threads(self, cells: list[Cell]) -> int | None:
         """Of each build: its share of this machine, if as many run as can. None: workers share out their own."""

@@ -8,6 +8,7 @@ from converters.errors import UsageError
 from converters.generation import read_generation
 from converters.load import load_graph
 from converters.passes.assign import assign_schemes
+from converters.passes.context import for_context
 from converters.quantize.ggml.mixes import Mix
 from converters.source import Source, resolve_source
 from converters.tokenizer import read_tokenizer
@@ -41,13 +42,13 @@ def find_source(model: str, revision: str | None) -> Source:
 def open_model(source: Source, recipe: Recipe) -> Model:
     """Read headers, configuration and tokenizer, and assign the recipe's schemes. No weight is read."""
     graph = load_graph(source.folder)
-    config = graph.config
+    longest = graph.config.context_length
+    context = longest if recipe.context == "full" else min(recipe.context, longest)
     default = recipe.schemes.default
     graph = assign_schemes(graph, default, recipe.schemes.overrides, recipe.calibration.is_on)
-    context = config.context_length if recipe.context == "full" else min(recipe.context, config.context_length)
     return Model(
-        graph=graph,
-        tokenizer=read_tokenizer(source.folder, config),
+        graph=for_context(graph, context),
+        tokenizer=read_tokenizer(source.folder, graph.config),
         context_length=context,
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
         licence=read_source_card(source.folder).licence,

@@ -81,6 +81,7 @@ class Plan:
     cached: bool = False  # the calibration
     differences: Mapping[Target, tuple[Difference, ...]] = field(default_factory=dict)
     scratch: int = 0  # in the cache until the calibration is done, and nothing is written beside --out
+    remarks: tuple[str, ...] = ()  # on the model, for people
 
     @property
     def disk(self) -> int:
@@ -202,7 +203,7 @@ def _kept_bytes(graph: Graph, read: Reading) -> int:
 def _verify_phases(model: Model, recipe: Recipe) -> dict[str, int]:
     """What verification holds: the interpreter and the logits of one sequence, then these beside an artifact's."""
     graph, vocabulary = model.graph, model.graph.config.vocab_size
-    sequences, length = evaluation_shape(recipe, model.context_length)
+    sequences, length = evaluation_shape(recipe, model)
     long = long_length(model) or 0
     computed = max(interpreter_bytes(graph, sequences, length), interpreter_bytes(graph, 1, long))
     logits = max(length, LONG_TAIL if long else 0) * vocabulary * 4

@@ -177,13 +177,14 @@ def _same(operation: Any, info: Any) -> bool:
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What huggingface_hub raises, as an error that a user can mend. It never shows a token."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
     except TundishError:
         raise
-    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
         raise _explain(error, repo) from error
 
 

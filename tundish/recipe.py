@@ -264,6 +264,10 @@ class Evaluation(_Part):
 
     sequences: Count = 4
     length: Count = 256
+    teraflops: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="most arithmetic of a pass over the text, 2 operations a weight and token; larger models read less",
+    )
 
 
 class Question(_Part):
@@ -286,7 +290,16 @@ class Gates(_Part):
         default=0.0, description="highest share of texts whose token ids differ from the reference tokenizer's"
     )
     codes_equal: Flag = Field(default=True, description="weights read back from the artifact equal what was quantized")
+    chat: Flag = Field(default=True, description="the container's own renderer gives the chat template's prompts")
     stops: Flag = Field(default=True, description="the greedy answer ends by a stop token")
+    state: Nats = Field(
+        default=0.03,
+        description="highest mean KL divergence from one pass of reading in pieces, in turns or in a batch, in nats",
+    )
+    as_opened_kl: Nats | None = Field(
+        default=None,
+        description="highest mean KL divergence as users open it, in nats; without one twice `kl` and 0.05",
+    )
     longrope_boundary: Flag = Field(
         default=True, description="kl on both sides of LongRoPE's original context, if claimed"
     )
@@ -297,6 +310,7 @@ class EvaluationOverride(_Part):
 
     sequences: Count | None = None
     length: Count | None = None
+    teraflops: Annotated[float, Field(gt=0)] | None = None
 
 
 class GatesOverride(_Part):
@@ -306,7 +320,10 @@ class GatesOverride(_Part):
     top1: Fraction | None = None
     tokens: Fraction | None = None
     codes_equal: Flag | None = None
+    chat: Flag | None = None
     stops: Flag | None = None
+    state: Nats | None = None
+    as_opened_kl: Nats | None = None
     longrope_boundary: Flag | None = None
 
 
@@ -514,11 +531,11 @@ def _find(name_or_path: str | Path) -> Path:
     if text in names:
         return LIBRARY / (text + SUFFIX)
     near = get_close_matches(text, names, 1)
-    mend = f"Did you mean {near[0]}? " if near else ""
     raise UsageError(
         f"unknown recipe {text!r}",
+        where=f"did you mean {near[0]}?" if near else None,
         expected="one of " + ", ".join(names),
-        mend=mend + f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
+        mend=f"A recipe of your own is given by its path, such as ./{text}{SUFFIX}.",
     )
 
 

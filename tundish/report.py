@@ -29,6 +29,8 @@ def write_report(manifest: dict[str, Any]) -> str:
         "## Weights",
         table(*weight_rows(manifest)),
     ]
+    if manifest.get("remarks"):
+        parts += ["## Notes on the model", table(["note"], [[remark] for remark in manifest["remarks"]])]
     if manifest.get("budget") is not None:
         rows = front_rows(manifest["budget"])
         parts += ["## Budget", front_sentence(manifest["budget"]), table(rows[0], rows[1:])]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.passes.assign import with_schemes
+from converters.quantize.block import blaming_weights
 from converters.quantize.scheme import scheme_named
 from converters.quantize.sequential import fittable
 from exporters.base import Model
@@ -52,19 +53,20 @@ def settle_schemes(
         require_modules(EXPORTERS[target])
     token_ids, text = _sensitivity_text(model, recipe)
     settings = {"token_ids_sha256": digest(token_ids), "importance": known_importance_key(model, recipe)}
-    assignment = assign_by_budget(
-        recipe.budget.parsed,
-        recipe.budget.schemes or (),
-        Containers(model, recipe.targets, EXPORTERS),
-        frozenset(recipe.budget.fixed),
-        lambda: known_importance(model, recipe),
-        token_ids,
-        recipe.budget.sensitivity is Sensitivity.MEASURED,
-        frozenset(weight.name for weight in fittable(model.graph)) if recipe.settled_method.fits else frozenset(),
-        partial(memory.recall, model.name, text, settings),
-        start,
-        advance,
-    )
+    with blaming_weights(model.graph):
+        assignment = assign_by_budget(
+            recipe.budget.parsed,
+            recipe.budget.schemes or (),
+            Containers(model, recipe.targets, EXPORTERS),
+            frozenset(recipe.budget.fixed),
+            lambda: known_importance(model, recipe),
+            token_ids,
+            recipe.budget.sensitivity is Sensitivity.MEASURED,
+            frozenset(weight.name for weight in fittable(model.graph)) if recipe.settled_method.fits else frozenset(),
+            partial(memory.recall, model.name, text, settings),
+            start,
+            advance,
+        )
     return replace(model, graph=with_schemes(model.graph, assignment.schemes)), assignment
 
 

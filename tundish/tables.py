@@ -63,6 +63,8 @@ def plan_text(document: dict[str, Any]) -> str:
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
         declared = "".join(f"\n  differs: {each['sentence']}" for each in entry["differences"])
         parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}{declared}\n{files}")
+    if document["remarks"]:
+        parts.append("\n".join(f"note: {remark}" for remark in document["remarks"]))
     if document["budget"] is not None:
         parts.append(_budget_text(document["budget"]))
     peaks = ", ".join(f"{phase} {nbytes:,}" for phase, nbytes in document["peak_memory"].items())

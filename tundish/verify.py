@@ -1,13 +1,14 @@
-"""Opens every artifact in its own runtime and compares it with the reference: codes, tokens, logits, answers.
+"""Opens every artifact in its own runtime and compares it with the reference: codes, tokens, prompts, logits, answers.
 
 The reference of logits is the interpreter on the checkpoint's own float32 numbers; that of token ids is transformers'
-tokenizer; that of codes are the digests taken while the weights were poured.
+tokenizer, that of prompts its chat template; that of codes are the digests taken while the weights were poured.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,11 +27,14 @@ from converters.quantize.tensor import F32
 from converters.source import Source
 from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Exporter, Model, Semantics, Target
+from tundish.chat_gate import compared, expected_prompts
+from tundish.chat_gate import judge as judge_chat
 from tundish.child import run_child
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
-from tundish.recipe import Gates, Recipe
+from tundish.recipe import Evaluation, Gates, Recipe
 from tundish.results import AGREEMENT, NOT_FINITE, Gate, TargetResult, measured
+from tundish.state_gate import boundary_of, judge, state_positions
 from tundish.token_corpus import generated_texts
 from tundish.token_gates import TokenReference, token_gates, token_reference
 from tundish.worker import Request
@@ -38,6 +42,7 @@ from tundish.worker import Request
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _BESIDE_LOGITS = 16 << 20  # bytes of token ids, logs and what a runtime leaves, generously
+_FEWEST_TOKENS = 64  # of held-out text, however large the model is
 _SHOWN_ANSWER = 60  # characters of one that does not end
 
 
@@ -47,6 +52,7 @@ class Reference:
 
     texts: tuple[str, ...]
     tokens: TokenReference | None  # None: transformers is not installed
+    prompts: tuple[str | None, ...] | None  # see tundish.chat_gate.expected_prompts
     sequences: NDArray[np.int64]
     logits: tuple[Path, ...]
     long_sequences: NDArray[np.int64] | None
@@ -110,7 +116,7 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     """Token ids, held-out sequences and their float32 logits."""
     texts = generated_texts(model.tokenizer)
     stream = stream_of(model, evaluation_text())
-    sequences = cut(stream, *evaluation_shape(recipe, model.context_length))
+    sequences = cut(stream, *evaluation_shape(recipe, model))
     long_sequences = None
     beyond = long_length(model)
     if beyond is not None:
@@ -118,6 +124,7 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     return Reference(
         texts=texts,
         tokens=token_reference(source, texts, folder, threads),
+        prompts=() if model.tokenizer.chat_template is None else expected_prompts(source.folder, folder, threads),
         sequences=sequences,
         logits=reference_logits(model, sequences, folder, "reference"),
         long_sequences=long_sequences,
@@ -127,17 +134,34 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
     )
 
 
-def evaluation_shape(recipe: Recipe, context: int) -> tuple[int, int]:
+def evaluation_shape(recipe: Recipe, model: Model) -> tuple[int, int]:
     """How many sequences of how many held-out tokens serve every target of the recipe."""
-    settings = [recipe.verify.for_target(target).text for target in recipe.targets]
-    return max(text.sequences for text in settings), min(max(text.length for text in settings), context)
+    shapes = [text_shape(recipe.verify.for_target(target).text, model) for target in recipe.targets]
+    return max(count for count, _ in shapes), max(length for _, length in shapes)
+
+
+def text_shape(text: Evaluation, model: Model) -> tuple[int, int]:
+    """How many sequences of how many held-out tokens a target reads: fewer, then shorter ones within `teraflops`."""
+    length = min(text.length, model.context_length)
+    if text.teraflops is None:
+        return text.sequences, length
+    graph = model.graph
+    multiplied = sum(
+        math.prod(graph.weights[name].shape)
+        for node in graph.nodes
+        if isinstance(node.op, Linear)
+        for name in node.op.weights
+    )
+    tokens = max(_FEWEST_TOKENS, int(text.teraflops * 1e12 / (2 * multiplied)))
+    return max(1, min(text.sequences, tokens // length)), min(length, tokens)
 
 
 def verifying_bytes(model: Model, recipe: Recipe) -> int:
     """Bytes that `verify` has on the disk at most: float32 logits of the reference and of one artifact."""
-    sequences, length = evaluation_shape(recipe, model.context_length)
+    sequences, length = evaluation_shape(recipe, model)
     positions = sequences * length + (0 if long_length(model) is None else LONG_TAIL)
-    return 2 * 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
+    positions = 2 * positions + state_positions(model)
+    return 4 * positions * model.graph.config.vocab_size + _BESIDE_LOGITS
 
 
 def long_length(model: Model) -> int | None:
@@ -199,15 +223,17 @@ def _verify_target(
     threads: int,
 ) -> TargetResult:
     settings = recipe.verify.for_target(exporter.target)
-    sequences = reference.sequences[: settings.text.sequences, : settings.text.length]
+    count, length = text_shape(settings.text, model)
+    sequences = reference.sequences[:count, :length]
     np.save(folder / "sequences.npy", sequences)
     semantics = exporter.semantics(model, recipe.targets[exporter.target])
     beyond = reference.long_sequences
     if beyond is not None:
-        claimed = semantics.exact_from <= beyond.shape[1] <= semantics.exact_to
+        claimed = beyond.shape[1] <= semantics.exact_to
         beyond = beyond if claimed and settings.gates.longrope_boundary else None
     if beyond is not None:
         np.save(folder / "long.npy", beyond)
+    boundary = boundary_of(model) if settings.gates.longrope_boundary else None
     request = Request(
         target=exporter.target,
         artifact=str(artifact),
@@ -217,9 +243,11 @@ def _verify_target(
         folder=str(folder),
         texts=list(reference.texts),
         token_ids=[] if reference.tokens is None else [list(ids) for ids in reference.tokens.ids],
+        conversations=compared(reference.prompts) if settings.gates.chat else [],
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
+        boundary=boundary,
         question=settings.answer.prompt,
         max_tokens=settings.answer.max_tokens,
     )
@@ -233,22 +261,27 @@ def _verify_target(
     if ending.failure:
         results.append(Gate("runtime", False, detail=f"the runtime process {ending.failure}"))
     else:
-        results.append(Gate("runtime", True, detail="opened, ran and closed"))
+        note = events["open"]["note"]
+        results.append(Gate("runtime", True, detail="opened, ran and closed" + (f"; {note}" if note else "")))
     divergence = None
     if "codes" in events and gates.codes_equal:
         results.append(_codes_gate(digests, events["codes"]["digests"]))
+    differences = exporter.differences(model, recipe.targets[exporter.target])
     if "tokens" in events:
-        differences = exporter.differences(model, recipe.targets[exporter.target])
         found = events["tokens"]
         results += token_gates(
             reference.texts, reference.tokens, found["ids"], found["decoded"], differences, gates.tokens
         )
+    if "chat" in events and gates.chat:
+        results.append(judge_chat(reference.prompts, events["chat"]["prompts"], differences))
     if "logits" in events:
         divergence = divergence_of(reference.logits, sequences, folder, "logits")
-        if semantics.exact_from <= sequences.shape[1] <= semantics.exact_to:
+        if sequences.shape[1] <= semantics.exact_to:
             results += _logit_gates(gates, divergence)
         else:
             results.append(_outside(divergence, sequences.shape[1], semantics))
+    if "state" in events:
+        results += judge(gates, events["state"], reference.logits[0], boundary, folder, semantics)
     if "answer" in events and gates.stops:
         answer = events["answer"]
         results.append(Gate("stops", answer["stopped"], detail=_answer_detail(answer)))
@@ -313,7 +346,7 @@ def _logit_gates(gates: Gates, divergence: Divergence) -> list[Gate]:
 
 
 def _outside(divergence: Divergence, length: int, semantics: Semantics) -> Gate:
-    detail = f"not judged at {length} tokens: the artifact claims {semantics.exact_from} to {semantics.exact_to}"
+    detail = f"not judged at {length} tokens: the artifact claims {semantics.exact_to} at most"
     detail += "" if divergence.kl_mean is not None else NOT_FINITE
     return Gate("kl", None, divergence.kl_mean, detail=detail)
 

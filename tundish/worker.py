@@ -22,12 +22,14 @@ from converters.quantize.scheme import scheme_named
 from converters.source import Source
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.chat_gate import rendered
 from tundish.chat_renderer import chat_renderer
 from tundish.child import exit_with_parent
 from tundish.digest import digest_of
 from tundish.letters import use_plain_letters
 from tundish.model import open_model
 from tundish.recipe import Recipe
+from tundish.state_gate import exercise
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Request:
     """What the child is asked. Paths are strings since it travels as JSON.
 
     `sequences` and `long_sequences` name .npy files of i64[n, length]; of long ones only the last `tail` positions'
-    logits are written.
+    logits are written. `boundary` is the length on both sides of which state is tried too. `conversations` are indices
+    of tundish.conversations.CONVERSATIONS.
     """
 
     target: str
@@ -46,9 +49,11 @@ class Request:
     folder: str
     texts: list[str]
     token_ids: list[list[int]]  # to decode
+    conversations: list[int]
     sequences: str
     long_sequences: str | None
     tail: int
+    boundary: int | None
     question: str
     max_tokens: int
 
@@ -70,15 +75,18 @@ def run(request: Request) -> None:
     digests = {name: digest_of(values) for name, values in exporter.read_back(artifact, model)}
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
-    emit("open", versions=package_versions(exporter.runtime_requires))
+    emit("open", versions=package_versions(exporter.runtime_requires), note=runtime.note)
     emit(
         "tokens",
         ids=[runtime.tokenize(text) for text in request.texts],
         decoded=[runtime.decode(ids) if ids else "" for ids in request.token_ids],
     )
+    emit("chat", prompts=list(rendered(runtime, request.conversations)))
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))
     emit("logits")
+    sequences = np.load(request.sequences).tolist()
+    emit("state", **exercise(runtime, sequences, model.context_length, request.boundary, folder))
     if model.tokenizer.chat_template is not None:
         # Here and not in the parent: a template is a program from the checkpoint, and this process has a time limit.
         with chat_renderer(model.tokenizer) as render:

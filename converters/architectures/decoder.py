@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from converters.checkpoint import TensorSource
+from converters.checkpoint import TensorSource, same_numbers
 from converters.config import ModelConfig
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight, infer_shapes
 from converters.ops import Add, Attention, Embedding, Linear, RmsNorm, SwiGlu
 from converters.role import Role
 from converters.tensors import TensorTable
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,11 @@ class BlockWeights:
 
 
 def build_decoder(config: ModelConfig, tensors: TensorTable, block: Callable[[int], BlockWeights]) -> Graph:
-    """Embedding, `num_layers` pre-norm blocks, final norm and head, in execution order."""
+    """Embedding, `num_layers` pre-norm blocks, final norm and head, in execution order.
+
+    The graph's config is untied where the checkpoint's own head turns out to be another one than its embedding.
+    """
+    tensors.drop_rotary_buffers()
     nodes: list[Node] = []
     weights: dict[str, Weight] = {}
 
@@ -37,8 +43,8 @@ def build_decoder(config: ModelConfig, tensors: TensorTable, block: Callable[[in
         weights[name] = Weight(name, role, layer, source)
         return name
 
-    embedding_shape = (config.vocab_size, config.hidden_size)
-    embedding = weight("embedding", Role.EMBEDDING, tensors.take("model.embed_tokens.weight", embedding_shape))
+    config, table, own_head = _ends(config, tensors)
+    embedding = weight("embedding", Role.EMBEDDING, table)
     nodes.append(Node("embedded", Embedding((embedding,)), (TOKEN_IDS,)))
     hidden = "embedded"
     for layer in range(config.num_layers):
@@ -48,16 +54,34 @@ def build_decoder(config: ModelConfig, tensors: TensorTable, block: Callable[[in
         hidden = block_nodes[-1].name
     norm = weight("final_norm", Role.NORM, tensors.take("model.norm.weight", (config.hidden_size,)))
     nodes.append(Node("final_normed", RmsNorm((norm,), config.rms_norm_eps), (hidden,)))
-    if config.tie_embeddings:
-        tensors.drop("lm_head.weight", "tied to the embedding")
-        head = embedding
-    else:
-        head = weight("lm_head", Role.LM_HEAD, tensors.take("lm_head.weight", embedding_shape))
+    head = embedding if own_head is None else weight("lm_head", Role.LM_HEAD, own_head)
     nodes.append(Node(LOGITS, Linear((head,)), ("final_normed",)))
     tensors.finish()
     graph = Graph(config, tuple(nodes), weights, tensors.dropped)
     infer_shapes(graph, 1, 2)
     return graph
+
+
+def _ends(config: ModelConfig, tensors: TensorTable) -> tuple[ModelConfig, TensorSource, TensorSource | None]:
+    """The embedding, and the head if it is not tied to it, each [vocab, hidden].
+
+    As transformers 5 does: of tied ones, the one that is there stands for both; if both are there and differ, as a
+    merge of a trained head leaves them, they are not tied.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+    if config.tie_embeddings and _HEAD in tensors and _EMBEDDING not in tensors:
+        return config, tensors.take(_HEAD, shape), None
+    embedding = tensors.take(_EMBEDDING, shape)
+    if not config.tie_embeddings:
+        return config, embedding, tensors.take(_HEAD, shape)
+    if _HEAD not in tensors:
+        return config, embedding, None
+    head = tensors.take(_HEAD, shape)
+    if same_numbers(embedding, head):
+        tensors.drop(_HEAD, "tied to the embedding")
+        return config, embedding, None
+    note = f"tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}: they are not tied"
+    return replace(config, tie_embeddings=False, notes=(*config.notes, note)), embedding, head
 
 
 def decoder_block(

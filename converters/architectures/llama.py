@@ -15,8 +15,6 @@ def build(config: ModelConfig, tensors: TensorTable) -> Graph:
 
     def block(layer: int) -> BlockWeights:
         prefix = f"model.layers.{layer}."
-        # Old Llama 2 conversions carry this buffer; it follows from rope_theta.
-        tensors.drop(prefix + "self_attn.rotary_emb.inv_freq", "computed from rope_theta")
         return BlockWeights(
             attn_norm=tensors.take(prefix + "input_layernorm.weight", (hidden,)),
             attn_q=tensors.take(prefix + "self_attn.q_proj.weight", (q, hidden)),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from converters.errors import ModelError
-from converters.graph import Weight
+from converters.errors import ModelError, NotFiniteError
+from converters.graph import Graph, Weight
 from converters.quantize.ggml.types import GGML_TYPES
 from converters.quantize.kernels import widen
 from converters.quantize.rtn import quantize_rtn
 from converters.quantize.scheme import NumberType, Scheme
 from converters.quantize.tensor import F32, FloatArray, GgmlTensor, QuantTensor, Tensor
+
+_READ = 1 << 22  # numbers at a time, while a weight is looked for that is not finite
 
 Rounding = Callable[[F32, Scheme, F32 | None], QuantTensor]
 """Values f32[out, in], an integer scheme, importance f32[in] or None -> codes."""
@@ -63,6 +67,20 @@ def read_rows(weight: Weight, start: int, stop: int) -> F32:
             mend="The checkpoint is damaged or its training diverged: download it again or use another.",
         )
     return values
+
+
+@contextmanager
+def blaming_weights(graph: Graph) -> Iterator[None]:
+    """Where the model computes NaN or Inf in the body and a weight has some, ModelError names the weight's element."""
+    try:
+        yield
+    except NotFiniteError:
+        for weight in graph.weights.values():
+            rows = weight.shape[0]
+            step = max(1, _READ // math.prod(weight.shape[1:]))
+            for start in range(0, rows, step):
+                read_rows(weight, start, min(start + step, rows))
+        raise
 
 
 def _cast(weight: Weight, values: F32, scheme: Scheme) -> FloatArray:

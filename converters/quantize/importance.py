@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError
+from converters.errors import NotFiniteError
 from converters.graph import Graph, Node
 from converters.interpret import interpret
 from converters.ops import Linear
@@ -45,7 +45,7 @@ def _require_finite(node: Node, square: NDArray[np.floating], read: str) -> None
     with np.errstate(over="ignore"):
         finite = np.isfinite(square.astype(np.float32)).all()
     if not finite:
-        raise ModelError(
+        raise NotFiniteError(
             f"the model computes no finite values on {read}",
             where=f"input of {node.name}",
             found="NaN, Inf or squares beyond float32",

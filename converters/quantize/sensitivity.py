@@ -20,7 +20,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ModelError, ResourceError
+from converters.errors import NotFiniteError, ResourceError
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node, Weight
 from converters.interpret import WeightRows
 from converters.ops import OPS, Rows
@@ -201,7 +201,7 @@ def _divergences(
 def require_finite(logits: F32, where: str = LOGITS) -> None:
     """ModelError if a model's logits on calibration tokens are not."""
     if not np.isfinite(logits).all():
-        raise ModelError(
+        raise NotFiniteError(
             "the model computes no finite values on calibration tokens",
             where=where,
             found="NaN or Inf",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from converters.chat_template import variables
 from converters.errors import ModelError
 from converters.quantize.tensor import F32
 from exporters.base import Card, Difference, Layout, Model, Runtime, Semantics, Target, TargetOptions, TensorRow
@@ -20,6 +21,15 @@ _USAGE = f"""\
     ollama create my-model -f {MODELFILE} && ollama run my-model
 
 LM Studio and whatever else is built on llama.cpp open `{FILE}` as it is."""
+
+
+DATED = Difference(
+    "chat-date",
+    "llama.cpp gives the chat template today's date as date_string, which transformers leaves out: the model is told "
+    "today's date in place of the template's own.",
+    "chat",
+    lambda conversation: True,
+)
 
 
 class GgufExporter:
@@ -52,16 +62,20 @@ class GgufExporter:
         return replace(gguf_layout(model, FILE), small={MODELFILE: modelfile(model, FILE)})
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
-        """How llama.cpp, opening this file, treats LongRoPE, the context limit and the sliding window."""
+        """How llama.cpp, opening this file, treats the context limit and the sliding window."""
         from exporters.gguf.context import semantics
 
         return semantics(model)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        """What llama.cpp does otherwise with this tokenizer's texts, whatever the file says."""
+        """What llama.cpp does otherwise with this tokenizer's texts and its chat template, whatever the file says."""
         from exporters.gguf.differences import tokenizer_differences
 
-        return tokenizer_differences(model.tokenizer)
+        template = model.tokenizer.chat_template
+        names = frozenset() if template is None else variables(template)
+        # A template that asks for the date itself gets the same one.
+        dated = (DATED,) if "date_string" in names and "strftime_now" not in names else ()
+        return (*tokenizer_differences(model.tokenizer), *dated)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

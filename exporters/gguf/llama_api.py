@@ -91,7 +91,7 @@ CONTEXT_DEFAULTS = MappingProxyType(
 
 
 class Batch(Structure):
-    """llama_batch: with pos and seq_id null, positions continue from the last call in sequence 0."""
+    """llama_batch: with pos null, positions continue from the last call; with seq_id null, in sequence 0."""
 
     _fields_ = (
         ("n_tokens", c_int32),

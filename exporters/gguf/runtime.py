@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from ctypes import c_int8, c_int32
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_int8, c_int32
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from converters.errors import GateError
 from converters.quantize.tensor import F32
 from exporters.base import Answer
+from exporters.gguf.chat import ChatServer
 from exporters.gguf.context import allocated_context
 from exporters.gguf.llama_api import (
     FLASH_ATTENTION_OFF,
@@ -27,36 +28,60 @@ BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at o
 
 
 class LlamaCpp:
-    """Implements exporters.base.Runtime.
+    """Implements exporters.base.Runtime. Contexts are as small as a sequence needs."""
 
-    llama.cpp selects LongRoPE factors by the context it allocates. Users allocate the context that the file states, so
-    contexts here are as small as a sequence needs, but on the same side of the original context as the file's own.
-    """
+    note = ""
 
     def __init__(self, path: Path) -> None:
         self._lib = load_library()
         self._c = self._lib.functions
         self._lib.log.clear()
         self._context: int | None = None
-        self._capacity = 0
+        self._kind = (0, 0, False)
+        self._chat: ChatServer | None = None
         self._model = self._c.llama_model_load_from_file(os.fsencode(path), self._c.llama_model_default_params())
         if not self._model:
             raise self._failure("llama.cpp cannot load the artifact", str(path))
         self._path = path
         self._vocab = self._c.llama_model_get_vocab(self._model)
         self._vocab_size = int(self._c.llama_vocab_n_tokens(self._vocab))
-        self._smallest_context = self._find_smallest_context()
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """f32[length, vocab] for one sequence from position 0, computed afresh."""
-        self._begin(len(token_ids))
-        out = np.empty((len(token_ids), self._vocab_size), np.float32)
-        for start in range(0, len(token_ids), BATCH):
-            stop = min(start + BATCH, len(token_ids))
-            self._decode(token_ids[start:stop], every=True)
-            rows = self._c.llama_get_logits(self._context)
-            out[start:stop] = np.ctypeslib.as_array(rows, (stop - start, self._vocab_size))
-        return out
+        return self.continued([token_ids])
+
+    def continued(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] for one sequence whose pieces are decoded one after the other."""
+        self._begin(sum(map(len, pieces)))
+        return self._read(pieces)
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[F32]:
+        """Prompts of all sequences in one batch, then their last tokens in another; llama.cpp needs no padding."""
+        self._begin(max(map(len, sequences)), len(sequences))
+        found: list[list[F32]] = [[] for _ in sequences]
+        for part in (slice(-1), slice(-1, None)):
+            tokens = [(index, token) for index, ids in enumerate(sequences) for token in ids[part]]
+            self._decode([token for _, token in tokens], every=True, sequences=[index for index, _ in tokens])
+            rows = self._rows(len(tokens))
+            for index in range(len(sequences)):
+                found[index].append(rows[[of == index for of, _ in tokens]])
+        return [np.concatenate(parts) for parts in found]
+
+    def as_opened(self, token_ids: Sequence[int]) -> F32:
+        """f32[length, vocab] with llama.cpp's own attention and cache types."""
+        self._begin(len(token_ids), own=True)
+        return self._read([token_ids])
+
+    def converse(self, turns: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers of at most `count` tokens to each turn, in one context of llama.cpp's own types."""
+        self._begin(sum(map(len, turns)) + count * len(turns), own=True)
+        pending: list[int] = []
+        answers = []
+        for turn in turns:
+            answer, _ = self._generate([*pending, *turn], count)
+            pending = answer[-1:]  # chosen, and not read yet
+            answers.append(answer)
+        return answers
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
@@ -66,10 +91,22 @@ class LlamaCpp:
         """The text of ids without special tokens, by llama_detokenize."""
         return detokenize(self._c, self._vocab, token_ids)
 
+    def render(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
+    ) -> str:
+        if self._chat is None:
+            self._chat = ChatServer(self._path)
+        return self._chat.render(messages, tools, prompt)
+
     def answer(self, prompt: str, max_tokens: int) -> Answer:
         """Greedy continuation until llama.cpp itself sees an end of generation, or max_tokens."""
         pending = self._prompt_ids(prompt)
         self._begin(len(pending) + max_tokens)
+        answer, stopped = self._generate(pending, max_tokens)
+        return Answer(tuple(answer), self.decode(answer), stopped)
+
+    def _generate(self, pending: list[int], max_tokens: int) -> tuple[list[int], bool]:
+        """The greedy answer to tokens that continue the context, and whether an end of generation ended it."""
         answer: list[int] = []
         stopped = False
         while len(answer) < max_tokens and not stopped:
@@ -80,20 +117,23 @@ class LlamaCpp:
             answer.append(token)
             pending = [token]
             stopped = bool(self._c.llama_vocab_is_eog(self._vocab, token))
-        return Answer(tuple(answer), self.decode(answer), stopped)
+        return answer, stopped
 
-    def _find_smallest_context(self) -> int:
-        arch = self._metadata("general.architecture")
-        original = self._metadata(f"{arch}.rope.scaling.original_context_length")
-        if self._metadata(f"{arch}.rope.scaling.type") != "longrope" or original is None:
-            return 1
-        own = allocated_context(int(self._c.llama_model_n_ctx_train(self._model)))
-        return int(original) + 1 if own > int(original) else 1
+    def _read(self, pieces: Sequence[Sequence[int]]) -> F32:
+        """f32[length, vocab] of the pieces' tokens, which continue the context."""
+        out = np.empty((sum(map(len, pieces)), self._vocab_size), np.float32)
+        done = 0
+        for piece in pieces:
+            for start in range(0, len(piece), BATCH):
+                tokens = piece[start : start + BATCH]
+                self._decode(tokens, every=True)
+                out[done : done + len(tokens)] = self._rows(len(tokens))
+                done += len(tokens)
+        return out
 
-    def _metadata(self, key: str) -> str | None:
-        value = ctypes.create_string_buffer(256)
-        found = self._c.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
-        return None if found < 0 else value.value.decode()
+    def _rows(self, count: int) -> F32:
+        """The last decode's logits, in llama.cpp's own memory."""
+        return np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (count, self._vocab_size))
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """The prompt's ids with one BOS if the model wants one, whether or not the chat template has written it."""
@@ -114,10 +154,15 @@ class LlamaCpp:
             count = self._c.llama_tokenize(self._vocab, data, len(data), ids, size, add_special, True)
         return list(ids[:count])
 
-    def _begin(self, length: int) -> None:
-        """An empty context for `length` tokens; allocated anew if the present one has another size."""
-        capacity = allocated_context(max(length, self._smallest_context))
-        if self._context is not None and self._capacity == capacity:
+    def _begin(self, length: int, sequences: int = 1, own: bool = False) -> None:
+        """An empty context for `length` tokens of each sequence; allocated anew if the present one is another.
+
+        With its `own` types as users have it, else with what is exact.
+        """
+        capacity = allocated_context(length) * sequences
+        self._chat = None  # the server has a context of its own
+        kind = (capacity, sequences, own)
+        if self._context is not None and self._kind == kind:
             self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
             return
         if self._context is not None:
@@ -125,21 +170,28 @@ class LlamaCpp:
             self._context = None
         params = self._lib.context_params()
         params.n_ctx = capacity
+        params.n_seq_max = sequences
         params.n_batch = params.n_ubatch = min(BATCH, capacity)
-        params.flash_attn_type = FLASH_ATTENTION_OFF
-        params.type_k = params.type_v = GGML_TYPE_F32
+        if not own:
+            params.flash_attn_type = FLASH_ATTENTION_OFF
+            params.type_k = params.type_v = GGML_TYPE_F32
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = self._c.llama_init_from_model(self._model, params)
         if not self._context:
             raise self._failure(f"llama.cpp cannot allocate a context of {capacity} tokens", str(self._path))
-        self._capacity = capacity
+        self._kind = kind
 
-    def _decode(self, token_ids: Sequence[int], every: bool) -> None:
-        """Append tokens to the context; logits of every token or of the last one."""
+    def _decode(self, token_ids: Sequence[int], every: bool, sequences: Sequence[int] | None = None) -> None:
+        """Append tokens to the context, each to its sequence of `sequences`; logits of every token or of the last."""
         count = len(token_ids)
         tokens = (c_int32 * count)(*token_ids)
         flags = (c_int8 * count)(*([1] * count if every else [0] * (count - 1) + [1]))
-        status = self._c.llama_decode(self._context, Batch(n_tokens=count, token=tokens, logits=flags))
+        batch = Batch(n_tokens=count, token=tokens, logits=flags)
+        if sequences is not None:
+            each = [(c_int32 * 1)(index) for index in sequences]
+            batch.n_seq_id = (c_int32 * count)(*([1] * count))
+            batch.seq_id = (POINTER(c_int32) * count)(*(ctypes.cast(one, POINTER(c_int32)) for one in each))
+        status = self._c.llama_decode(self._context, batch)
         if status != 0:
             raise self._failure(f"llama.cpp cannot run the artifact (llama_decode returned {status})", str(self._path))
 

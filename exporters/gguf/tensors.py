@@ -97,8 +97,10 @@ def _rope_tensors(graph: Graph) -> Iterator[GgufTensor]:
     """What each frequency is divided by, f32[rope dimensions / 2]."""
     rope = graph.config.rope
     if rope.kind is RopeKind.LONGROPE:
-        yield _constant("rope_factors_long", frequency_divisors(rope, long=True))
-        yield _constant("rope_factors_short", frequency_divisors(rope, long=False))
+        # llama.cpp takes the long ones if it allocates more than the original context, the short ones if less
+        # (llama_model::get_rope_factors). What users let it allocate is not to change the model.
+        for name in ("rope_factors_long", "rope_factors_short"):
+            yield _constant(name, frequency_divisors(rope))
     elif rope.kind is RopeKind.LLAMA3:
         yield _constant("rope_freqs", frequency_divisors(rope))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from gguf import GGUFValueType
 from gguf import TokenType as GgufTokenType
 
+from converters.chat_template import for_trimming_reader
 from converters.errors import ModelError
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType
 from exporters.gguf.entry import Entry, array, boolean, string, u32
@@ -77,7 +78,7 @@ def _entries(tokenizer: Tokenizer) -> Iterator[Entry]:
     yield boolean("ggml.add_eos_token", tokenizer.add_eos)
     yield boolean("ggml.add_space_prefix", _add_space_prefix(tokenizer))
     if tokenizer.chat_template is not None:
-        yield string("chat_template", tokenizer.chat_template)
+        yield string("chat_template", for_trimming_reader(tokenizer.chat_template))
 
 
 def _special_ids(tokenizer: Tokenizer) -> Iterator[Entry]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from converters.config import ModelConfig, Rope, RopeKind
 from converters.errors import UsageError
 from exporters.base import Activations, Model, Semantics, Target
+from exporters.context import context_sentence
 from exporters.schemes import require_family
 from exporters.transformers_files import Json, decoder_config, llama3_scaling, partial_rotary_factor
 
@@ -65,12 +66,6 @@ def _unsupported(what: str, expected: str, found: str) -> UsageError:
     )
 
 
-def always_short(model: Model) -> bool:
-    """Whether LongRoPE's short factors alone are right everywhere in the context asked for."""
-    rope = model.graph.config.rope
-    return rope.kind is RopeKind.LONGROPE and model.context_length <= rope.original_context
-
-
 def model_config(model: Model, activations: Activations, quantization: Mapping[str, object] | None) -> Json:
     """The whole config.json. `quantization` as mlx-lm reads it, None where no matrix is quantized."""
     config = model.graph.config
@@ -83,19 +78,7 @@ def model_config(model: Model, activations: Activations, quantization: Mapping[s
 
 def semantics(model: Model) -> Semantics:
     """How mlx-lm treats the positions of this artifact."""
-    rope, length = model.graph.config.rope, model.context_length
-    limit = f"right up to {length} tokens, a limit that mlx-lm does not enforce"
-    if rope.kind is not RopeKind.LONGROPE:
-        return Semantics(f"One rotary embedding at every length; {limit}.", 1, length)
-    original = rope.original_context
-    if always_short(model):
-        sentence = f"LongRoPE's short factors at every length; {limit} (the model takes long factors after {original})."
-        return Semantics(sentence, 1, length)
-    sentence = (
-        f"mlx-lm 0.30 and later apply LongRoPE's long factors at every length: right beyond {original} tokens, not the"
-        " model's own below; 0.29.1 chooses by the length so far and leaves cached keys as they were rotated."
-    )
-    return Semantics(sentence, original + 1, length)
+    return Semantics(f"{context_sentence(model)}; mlx-lm does not enforce the limit.", model.context_length)
 
 
 def _phi3_rope(model: Model) -> Json:
@@ -103,14 +86,13 @@ def _phi3_rope(model: Model) -> Json:
     json: Json = {"partial_rotary_factor": partial_rotary_factor(rope.dim, config.head_dim)}
     if rope.kind is not RopeKind.LONGROPE:
         return json
-    short = list(rope.short_factors)
-    # mlx-lm 0.30 and later rotate by the long factors at every length, so within the original context they are the
-    # short ones. The attention factor has no key of its own: it follows from the two lengths.
-    long = short if always_short(model) else list(rope.long_factors)
+    # mlx-lm 0.30 and later rotate by the long factors at every length, 0.29 chooses by the length so far. The attention
+    # factor has no key of its own: it follows from the two lengths.
+    factors = list(rope.factors)
     return json | {
         "max_position_embeddings": _su_max_positions(rope),
         "original_max_position_embeddings": rope.original_context,
-        "rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long},
+        "rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors},
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from converters.config import RopeKind
 from converters.errors import UsageError
 from converters.graph import Weight
 from converters.ops import Attention
@@ -23,8 +22,11 @@ from exporters.base import (
     TargetOptions,
     TensorRow,
 )
+from exporters.context import context_sentence
+from exporters.minja import ORT_GENAI, chat_differences
 from exporters.onnx import examine
-from exporters.onnx.genai_config import REWINDING_TYPES, genai_config
+from exporters.onnx.differences import tokenizer_differences
+from exporters.onnx.genai_config import genai_config
 from exporters.onnx.names import DATA_FILE, MODEL_FILE
 from exporters.onnx.settings import BFLOAT_PROVIDERS, MAX_CACHE, Settings, resolve_settings
 from exporters.onnx.tokenizer_files import tokenizer_files
@@ -79,10 +81,11 @@ class OnnxExporter:
         return Layout({DATA_FILE: matrices.data.big_file()}, matrices.places, small | tokenizer_files(model.tokenizer))
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
-        return Semantics(_sentence(model, resolve_settings(model, options)), 1, model.context_length)
+        return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        chat = chat_differences(model.tokenizer.chat_template, ORT_GENAI)
+        return (*tokenizer_differences(model.tokenizer), *chat)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.onnx.read_back import read_matrices  # needs onnx
@@ -99,22 +102,6 @@ class OnnxExporter:
 
     def devices(self) -> list[str]:
         return examine.devices()
-
-
-def _sentence(model: Model, settings: Settings) -> str:
-    rope = model.graph.config.rope
-    limit = f"The context is {model.context_length} tokens"
-    if rope.kind is not RopeKind.LONGROPE:
-        return f"{limit}."
-    if not settings.switches_rope:
-        return f"{limit}, within LongRoPE's original {rope.original_context}: the short factors apply throughout."
-    chosen = (
-        f"{limit}; LongRoPE's short factors apply while the whole sequence has at most {rope.original_context} "
-        "tokens, its long factors beyond"
-    )
-    if rope.original_context in REWINDING_TYPES and settings.provider is not ExecutionProvider.DML:
-        return f"{chosen}; an answer that grows past that length is continued from a fresh prefill."
-    return f"{chosen}; an answer that grows past that length goes on from keys cached under the short factors."
 
 
 def _check_weight(weight: Weight, settings: Settings) -> None:
@@ -161,10 +148,7 @@ def _check_window(model: Model, settings: Settings) -> None:
 
 def _check_caches(model: Model) -> None:
     """The rotary caches have a row a position. A layout computes them whole, before a plan counts any memory."""
-    rope = model.graph.config.rope
-    longest = rows = MAX_CACHE // (rope.dim // 2)
-    if rope.kind is RopeKind.LONGROPE:  # past the original context its rows come first, in the same caches
-        longest = max(min(rows, rope.original_context), rows - rope.original_context)
+    longest = MAX_CACHE // (model.graph.config.rope.dim // 2)
     if model.context_length > longest:
         raise UsageError(
             "the context is too long for ONNX, whose rotary embedding is a table of all positions",

@@ -24,11 +24,9 @@ from exporters.options import ExecutionProvider
 
 Json = str | int | float | bool | list["Json"] | dict[str, "Json"]
 
-# LongRoPE's original context -> the model type for which onnxruntime-genai computes the whole sequence anew when it
-# grows past that length (Generator::InitializePhi3RopeThreshold). All decoder types are alike otherwise, and for other
-# models that extra prefill would be a waste.
-REWINDING_TYPES = {4096: "phi3", 8192: "phi3small"}
-PLAIN_TYPE = "llama"
+# To onnxruntime-genai all decoder types are alike, but for those of graphs that choose LongRoPE's factors by the length
+# so far: at 4097 tokens it reads all of a "phi3" anew (Generator::InitializePhi3RopeThreshold).
+MODEL_TYPE = "llama"
 
 PROVIDER_OPTIONS: dict[ExecutionProvider, list[Json]] = {
     ExecutionProvider.CPU: [],
@@ -38,19 +36,12 @@ PROVIDER_OPTIONS: dict[ExecutionProvider, list[Json]] = {
 }
 
 
-def model_type(model: Model, settings: Settings) -> str:
-    """The type under which onnxruntime-genai treats LongRoPE's boundary right."""
-    if not settings.switches_rope:
-        return PLAIN_TYPE
-    return REWINDING_TYPES.get(model.graph.config.rope.original_context, PLAIN_TYPE)
-
-
 def genai_config(model: Model, settings: Settings) -> bytes:
     """The file's content."""
     tokenizer = model.tokenizer
     decoder = _decoder(model, settings)
     entry: dict[str, Json] = {
-        "type": model_type(model, settings),
+        "type": MODEL_TYPE,
         "context_length": model.context_length,
         "vocab_size": model.graph.config.vocab_size,
         "eos_token_id": list(tokenizer.eos_ids),

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from converters.graph import LOGITS, TOKEN_IDS, Graph, Node
 from converters.ops import Add, Attention, Embedding, Linear, Op, RmsNorm, SwiGlu
 from exporters.onnx.data_file import ONNX_TYPES, DataFile
-from exporters.onnx.lowering import MASK_LENGTH, MICROSOFT, SEQLENS, TOTAL_LENGTH, Lowering
+from exporters.onnx.lowering import MICROSOFT, SEQLENS, TOTAL_LENGTH, Lowering
 from exporters.onnx.matrices import Matrices, Matrix
 from exporters.onnx.names import (
     ATTENTION_MASK,
@@ -78,7 +78,7 @@ def _lower_mask(lowering: Lowering) -> None:
     last = lowering.emit("Sub", (tokens, axis), "mask.last")
     lowering.emit("Cast", (last,), SEQLENS, to=TensorProto.INT32)
     shape = lowering.emit("Shape", (ATTENTION_MASK,), "mask.shape")
-    length = lowering.emit("Gather", (shape, lowering.constant("mask.dimension", 1)), MASK_LENGTH, axis=0)
+    length = lowering.emit("Gather", (shape, lowering.constant("mask.dimension", 1)), "mask.length", axis=0)
     lowering.emit("Cast", (length,), TOTAL_LENGTH, to=TensorProto.INT32)
 
 

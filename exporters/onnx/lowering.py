@@ -19,18 +19,16 @@ MICROSOFT = "com.microsoft"
 # Values that _lower_mask makes and others read.
 SEQLENS = "seqlens_k"
 TOTAL_LENGTH = "total_sequence_length"
-MASK_LENGTH = "mask.length"
 
 Attribute = int | float | list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryCaches:
-    """ONNX values: cos and sin [rows, dim/2], and where their rows are taken by position, i64[batch, length]."""
+    """ONNX values: cos and sin [positions, dim/2]."""
 
     cos: str
     sin: str
-    positions: str
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from converters.config import RopeKind
 from converters.errors import UsageError
 from converters.quantize.scheme import NumberType, Scheme
 from exporters.base import Activations, Model, TargetOptions
@@ -40,7 +39,6 @@ MAX_CACHE = 1 << 26  # numbers of a rotary cache, 256 MiB: a million positions f
 class Settings:
     """What lowering decides by.
 
-    `switches_rope`: the artifact's context reaches past LongRoPE's original one, so both factor lists are needed.
     `fused_attention`: GroupQueryAttention takes packed q, k, v and rotates q and k itself.
     """
 
@@ -48,7 +46,6 @@ class Settings:
     activations: Activations
     accuracy_level: int | None
     context_length: int
-    switches_rope: bool
     fused_attention: bool
 
     @property
@@ -92,10 +89,9 @@ def resolve_settings(model: Model, options: TargetOptions) -> Settings:
             mend="Leave the option out for the provider's own type.",
         )
     rope = model.graph.config.rope
-    switches = rope.kind is RopeKind.LONGROPE and model.context_length > rope.original_context
     # DirectML's kernel rotates nothing and wants three inputs; the others rotate pairs in multiples of 8.
     fused = provider is not ExecutionProvider.DML and rope.dim % 16 == 0
-    return Settings(provider, activations, options.accuracy_level, model.context_length, switches, fused)
+    return Settings(provider, activations, options.accuracy_level, model.context_length, fused)
 
 
 def float_type(scheme: Scheme) -> Activations:

@@ -4,9 +4,13 @@ The checkpoint's own files stay what they are wherever that reader does with the
 four points (operators/tokenizer of microsoft/onnxruntime-extensions), and the folder is made to suit it:
 
 1. A pre-tokenizer's steps count only if they are Split with a Regex; the rest (Digits, ByteLevel's own regex) is left
-   out. tokenizer.json then spells the same steps as Splits.
-2. SentencePiece text is cut by Llama 3's regex before merging, contractions and all, unless the class is Gemma's.
-   tokenizer_module.json, which overrides tokenizer_config.json for this reader alone, names that class.
+   out. tokenizer.json then spells the same steps as Splits. Alternatives that it knows by heart it matches with code
+   of its own, and where white space goes on after a line end, that code takes more than LINE_ENDS would: RUNS spells
+   these in a way that it does not know and gives to std::regex.
+2. SentencePiece text is cut by Llama 3's regex before merging, contractions and all, unless tokenizer.json has one
+   Split as its whole pre-tokenizer. It then names WORDS, and tokenizer_module.json, which overrides
+   tokenizer_config.json for this reader alone, a class that is cut by it. (Gemma's class would be cut in front of
+   every CR, inside pieces such as ",\\r".)
 3. tokenizer.model is not read: tokenizer.json is made from the vocabulary.
 4. A space at the start of the text only (Metaspace's scheme "first") comes out after each added token too, and a
    decoder that strips a space is enough to bring it about. Chat prompts start with an added token, and then the model
@@ -17,16 +21,47 @@ from __future__ import annotations
 
 import json
 
+from converters.chat_template import for_exact_reader, variables
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType
+from exporters.transformers_files import CONFIG, with_template
 
 SPACE = "\u2581"
 TOKENIZER_JSON = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
 MODULE = "tokenizer_module.json"
-TEMPLATE = "chat_template.jinja"
+RAW_TOOLS = "tool.function"  # TokenizerImpl::ApplyChatTemplate looks for it
 
 # Classes that onnxruntime-extensions knows. Nothing but points 1 and 2 depends on them.
-CLASSES = {TokenizerKind.SENTENCEPIECE: "GemmaTokenizer", TokenizerKind.BYTE_LEVEL_BPE: "PreTrainedTokenizer"}
+CLASSES = {TokenizerKind.SENTENCEPIECE: "LlamaTokenizer", TokenizerKind.BYTE_LEVEL_BPE: "PreTrainedTokenizer"}
+
+# Longest word in characters: std::regex, which onnxruntime-extensions matches WORDS with, takes stack for each one, and
+# a thread may have as little as 512 KiB.
+LONGEST_WORD = 400
+_SPACES = rf"(?: |{SPACE})"
+_CHARACTER = rf"(?:[^ \x80-\xff]|(?!{SPACE})[^\x01-\x7f\x80-\xbf][\x80-\xbf]*)"  # the regex sees UTF-8's bytes
+# A word with the spaces in front of it. No piece of a vocabulary that was trained word by word goes beyond.
+WORDS = rf"{_SPACES}{{0,{LONGEST_WORD}}}{_CHARACTER}{{1,{LONGEST_WORD}}}|{_SPACES}{{1,{LONGEST_WORD}}}"
+
+LINE_ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"  # the last alternatives of Llama 3's regex and those made after it
+_ASCII = r"[\t-\r ]"
+_WIDE = (
+    "(?:"
+    + "|".join(map(chr, (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)))
+    + ")"
+)
+_WHITE = f"(?:{_ASCII}|{_WIDE})"
+LONGEST_MIXED_RUN = 12  # of white space that is not all ASCII: std::regex unrolls the alternatives as many times
+_RUN, _MIXED = f"{{0,{LONGEST_WORD}}}", f"{{0,{LONGEST_MIXED_RUN}}}"
+_AT_WORD = rf"(?!{_WHITE})[\s\S]"
+# White space as LINE_ENDS takes it: up to its last line end; else up to the last character before a word; else all.
+RUNS = "|".join(
+    (
+        rf"{_ASCII}{_RUN}[\r\n](?!{_WHITE}{_MIXED}[\r\n])",
+        rf"{_WHITE}{_MIXED}[\r\n]",
+        rf"{_ASCII}{_ASCII}{_RUN}(?!{_ASCII}{_RUN}{_WIDE})(?!{_AT_WORD})",
+        rf"{_WHITE}{_WHITE}{_MIXED}(?!{_AT_WORD})",
+        _WHITE,
+    )
+)
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
@@ -45,8 +80,15 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     files.setdefault(CONFIG, _dump(module))
     files[MODULE] = _dump(module)
     if tokenizer.chat_template is not None:
-        files[TEMPLATE] = tokenizer.chat_template.encode()
+        return with_template(files, chat_template(tokenizer.chat_template))
     return files
+
+
+def chat_template(template: str) -> str:
+    """The template as this reader takes it: it trims nothing around blocks, which the folder's template then does not
+    ask for. Tools come to it in another form than they were given, unless these letters are in the template."""
+    adapted = for_exact_reader(template)
+    return adapted if "tools" not in variables(adapted) or RAW_TOOLS in adapted else f"{{# {RAW_TOOLS} #}}{adapted}"
 
 
 def module_json(tokenizer: Tokenizer) -> dict[str, Json]:
@@ -68,14 +110,21 @@ def module_json(tokenizer: Tokenizer) -> dict[str, Json]:
 def adapt(document: dict[str, Json], tokenizer: Tokenizer) -> dict[str, Json]:
     """tokenizer.json with the same meaning in steps that onnxruntime-extensions takes."""
     adapted = dict(document)
-    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE and not _has_only_splits(document.get("pre_tokenizer")):
-        splits: list[Json] = [_split(pattern) for pattern in tokenizer.split_patterns]
-        adapted["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, _byte_level()]}
-    if tokenizer.space_prefix is SpacePrefix.FIRST:
-        adapted |= {"normalizer": _underlines(), "pre_tokenizer": None, "decoder": _decoder(strip=False)}
+    patterns = [_with_runs(pattern) for pattern in tokenizer.split_patterns]
+    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE and (
+        patterns != list(tokenizer.split_patterns) or not _has_only_splits(document.get("pre_tokenizer"))
+    ):
+        adapted["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*map(_split, patterns), _byte_level()]}
+    if tokenizer.kind is TokenizerKind.SENTENCEPIECE:
+        adapted |= _sentencepiece_steps(tokenizer)
     if not tokenizer.add_bos:
         adapted["post_processor"] = _without_frame(document.get("post_processor"))
     return adapted
+
+
+def _with_runs(pattern: str) -> str:
+    """The same split, with the white space at line ends matched right."""
+    return pattern.removesuffix(LINE_ENDS) + RUNS if pattern.endswith(f"|{LINE_ENDS}") else pattern
 
 
 def _has_only_splits(step: Json) -> bool:
@@ -102,6 +151,13 @@ def _byte_level() -> Json:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
+def _words() -> Json:
+    """A Split that onnxruntime-extensions alone acts on: the tokenizers library puts Contiguous matches together, and
+    the last way to match leaves no gap between them."""
+    pattern: Json = {"Regex": rf"{WORDS}|[\s\S]"}
+    return {"type": "Split", "pattern": pattern, "behavior": "Contiguous", "invert": False}
+
+
 def _underlines() -> Json:
     return {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
@@ -126,21 +182,25 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Json]:
     Merges follow from the scores: every way to cut a piece in two pieces is one, in the order of the pieces' scores.
     """
     assert tokenizer.kind is TokenizerKind.SENTENCEPIECE
-    always = tokenizer.space_prefix is SpacePrefix.ALWAYS
-    prefix: list[Json] = [{"type": "Prepend", "prepend": SPACE}] if always else []
-    return {
+    document: dict[str, Json] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(tokenizer),
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*prefix, _underlines()],
-        },
-        "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": _decoder(strip=always),
         "model": _sentencepiece_model(tokenizer),
+    }
+    return document | _sentencepiece_steps(tokenizer)
+
+
+def _sentencepiece_steps(tokenizer: Tokenizer) -> dict[str, Json]:
+    """What happens to a text before and after the merges."""
+    always = tokenizer.space_prefix is SpacePrefix.ALWAYS
+    prefix: list[Json] = [{"type": "Prepend", "prepend": SPACE}] if always else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, _underlines()]},
+        "pre_tokenizer": _words(),
+        "decoder": _decoder(strip=always),
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as ops
 
-from converters.config import Rope, RopeKind
+from converters.config import Rope
 from converters.ops import Attention
 from converters.rope import inverse_frequencies
 from exporters.openvino.constants import ints, scalar
@@ -24,12 +24,10 @@ class SequenceState:
         attention_mask: ov.Output,
         position_ids: ov.Output,
         beam_idx: ov.Output,
-        context_length: int,
     ) -> None:
         self.assigns: list[ov.Node] = []
         self._input_ids, self._attention_mask = input_ids, attention_mask
         self._position_ids, self._beam_idx = position_ids, beam_idx
-        self._context_length = context_length
         self._batch = _dimension(input_ids, 0)
         self._past_length: ov.Output | None = None
         self._masks: dict[int | None, ov.Output] = {}
@@ -85,22 +83,14 @@ class SequenceState:
         return self._rotations[rope]
 
     def _build_rotation(self, rope: Rope) -> tuple[ov.Output, ov.Output]:
+        frequencies = ops.constant(inverse_frequencies(rope).reshape(1, -1, 1))
         positions = ops.convert(_unsqueeze(self._position_ids, 1), "f32")  # [batch, 1, length]
-        angles = ops.transpose(ops.matmul(self._frequencies(rope), positions, False, False), ints(0, 2, 1))
+        angles = ops.transpose(ops.matmul(frequencies, positions, False, False), ints(0, 2, 1))
         both_halves = ops.concat([angles, angles], -1)
         cos, sin = ops.cos(both_halves), ops.sin(both_halves)
         if rope.attention_factor != 1:
             cos, sin = (ops.multiply(each, scalar(rope.attention_factor)) for each in (cos, sin))
         return _unsqueeze(cos, 1), _unsqueeze(sin, 1)
-
-    def _frequencies(self, rope: Rope) -> ov.Node:
-        """f32[1, rope.dim / 2, 1], chosen by the current length where the context exceeds LongRoPE's original."""
-        short = ops.constant(inverse_frequencies(rope).reshape(1, -1, 1))
-        if rope.kind is not RopeKind.LONGROPE or self._context_length <= rope.original_context:
-            return short
-        long = ops.constant(inverse_frequencies(rope, long=True).reshape(1, -1, 1))
-        length = ops.add(ops.reduce_max(self._position_ids, ints(0, 1), keep_dims=False), scalar(1, np.int64))
-        return ops.select(ops.greater(length, scalar(rope.original_context, np.int64)), long, short)
 
 
 def attend(op: Attention, packed: ov.Output, sequence: SequenceState) -> ov.Output:

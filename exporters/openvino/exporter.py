@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from converters.config import RopeKind
+from converters.chat_template import for_trimming_reader
 from converters.errors import UsageError
 from converters.graph import Weight
 from converters.quantize.scheme import NumberType
@@ -26,12 +26,14 @@ from exporters.base import (
     TargetOptions,
     TensorRow,
 )
+from exporters.context import context_sentence
+from exporters.minja import OPENVINO_GENAI, chat_differences
 from exporters.openvino import examine
 from exporters.openvino.config import config_json
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
 from exporters.schemes import refuse_ggml_schemes
-from exporters.transformers_files import encode_json, generation_config, tokenizer_files
+from exporters.transformers_files import encode_json, generation_config, tokenizer_files, with_template
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
@@ -74,31 +76,18 @@ class OpenvinoExporter:
         self.check(model, options)
         network = network_layout(model, options)
         files, config = tokenizer_files(model), config_json(model)
+        if model.tokenizer.chat_template is not None:
+            files = with_template(files, for_trimming_reader(model.tokenizer.chat_template))
         described = {"config.json": config, "generation_config.json": encode_json(generation_config(model))}
         return replace(
             network, small={**files, **_converted(tuple(files.items()), config), **described, **network.small}
         )
 
     def semantics(self, model: Model, options: TargetOptions) -> Semantics:
-        rope, context = model.graph.config.rope, model.context_length
-        original = rope.original_context
-        if rope.kind is not RopeKind.LONGROPE:
-            sentence = f"The context is {context} tokens."
-        elif context <= original:
-            sentence = (
-                f"The context is {context} tokens, within LongRoPE's original {original}: the short factors apply "
-                "throughout."
-            )
-        else:
-            sentence = (
-                f"The context is {context} tokens; the graph selects LongRoPE's short factors while the whole sequence "
-                f"has at most {original} tokens and its long factors beyond. An answer that grows past the boundary "
-                "keeps the earlier tokens' short factors in its cache."
-            )
-        return Semantics(sentence, 1, context)
+        return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return ()
+        return chat_differences(model.tokenizer.chat_template, OPENVINO_GENAI)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.openvino.read_back import read_matrices
@@ -132,7 +121,7 @@ def network_layout(model: Model, options: TargetOptions) -> Layout:
 
     matrices = plan_matrices(model.graph)
     constants = ZeroConstants([part for matrix in matrices for part in matrix.constants().values()])
-    network = build_model(model.graph, model.context_length, constants)
+    network = build_model(model.graph, constants)
     if options.activations is not None:
         for name, value in RUNTIME_OPTIONS[options.activations].items():
             network.set_rt_info(value, ["runtime_options", name])

@@ -32,11 +32,11 @@ INPUTS: Mapping[str, tuple[tuple[int, ...], ov.Type]] = {
 class Lowering:
     """The model under construction: values by name, matrices by weight, the state of the sequence."""
 
-    def __init__(self, graph: Graph, context_length: int, constants: Constants) -> None:
+    def __init__(self, graph: Graph, constants: Constants) -> None:
         self.parameters = [_parameter(name, *INPUTS[name]) for name in INPUTS]
         input_ids, attention_mask, position_ids, beam_idx = (parameter.output(0) for parameter in self.parameters)
         self.values: dict[str, ov.Output] = {TOKEN_IDS: input_ids}
-        self.sequence = SequenceState(input_ids, attention_mask, position_ids, beam_idx, context_length)
+        self.sequence = SequenceState(input_ids, attention_mask, position_ids, beam_idx)
         self._constants = constants
         self._matrices = plan_matrices(graph)
         self._dequantized: dict[str, ov.Output] = {}
@@ -54,12 +54,12 @@ class Lowering:
         return self._dequantized[matrix.name]
 
 
-def build_model(graph: Graph, context_length: int, constants: Constants) -> ov.Model:
+def build_model(graph: Graph, constants: Constants) -> ov.Model:
     """The stateful model with inputs INPUTS and output logits f32[batch, length, vocab].
 
     `constants` supplies the Constant of a stored part; its numbers are not looked at.
     """
-    lowering = Lowering(graph, context_length, constants)
+    lowering = Lowering(graph, constants)
     for node in graph.nodes:
         value = LOWERINGS[type(node.op)](node, node.op, lowering)
         value.get_node().set_friendly_name(node.name)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from converters import checkpoint
 from converters.checkpoint import RowView, open_checkpoint
 from converters.errors import ModelError
 from converters.quantize.tensor import FloatArray
@@ -62,6 +63,32 @@ def test_single_file(tmp_path: Path, dtype: type) -> None:
     assert view.shape == (3, 4)
     assert np.array_equal(view.read(1, 3), stored[2:4])
     assert view.location == (tensor.location[0], tensor.location[1] + 4 * stored.itemsize)
+
+
+def test_float64_is_read_as_float32(tmp_path: Path) -> None:
+    wide = np.linspace(-1, 1, 24).reshape(6, 4) ** 3
+    save_file({"a": wide, "b": B}, tmp_path / "model.safetensors")
+    tensor = open_checkpoint(tmp_path)["a"]
+    assert (tensor.dtype, tensor.nbytes) == (np.dtype(np.float32), 192)
+    assert np.array_equal(tensor.read(2, 5), wide[2:5].astype(np.float32))
+    assert tensor.read(2, 5).dtype == np.float32
+
+
+def test_float64_beyond_float32_is_infinite(tmp_path: Path) -> None:
+    save_file({"a": np.full(3, 1e300)}, tmp_path / "model.safetensors")
+    assert np.isinf(open_checkpoint(tmp_path)["a"].read(0, 3)).all()
+
+
+def test_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "COMPARED", 8)
+    other = A.copy()
+    other[5, 3] += 1
+    half = A.astype(np.float16)
+    save_file({"a": A, "half": half, "other": other, "flat": A.reshape(-1)}, tmp_path / "model.safetensors")
+    tensors = open_checkpoint(tmp_path)
+    assert checkpoint.same_numbers(tensors["a"], tensors["half"])
+    assert not checkpoint.same_numbers(tensors["a"], tensors["other"])
+    assert not checkpoint.same_numbers(tensors["a"], tensors["flat"])
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -193,8 +220,8 @@ def test_cut_off_file(tmp_path: Path, length: int) -> None:
         ({"a": entry("F32", [1 << 62, 1 << 62], 0, 8)}, bytes(8), "do not fit its shape"),
         ({"a": entry("F32", [1] * 9, 0, 4)}, bytes(4), "malformed safetensors header.*at most 8"),
         ({"a": entry("F32", [1 << 63, 0], 0, 0)}, b"", "malformed safetensors header"),
-        ({"a": entry("I8", [8], 0, 8)}, bytes(8), "expected BF16, F16, F32; found I8"),
-        ({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8), "found F8_E4M3"),
+        ({"a": entry("I8", [8], 0, 8)}, bytes(8), "expected BF16, F16, F32, F64; found I8"),
+        ({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8), "already quantized.*found F8_E4M3, as in FP8, 8 bits"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, bytes(12), "overlap or leave a hole.*tensor b"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 12, 20)}, bytes(20), "overlap or leave a hole"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 8, 16)}, bytes(15), "cut off"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from converters.config import Rope, RopeKind, read_config
-from converters.config_keys import FAMILIES
+from converters.config_keys import FAMILIES, IGNORED, NEUTRAL, READ
 from converters.errors import ModelError
 from converters.generation import read_generation
 from converters.load import ARCHITECTURES
@@ -116,7 +118,7 @@ def test_both_spellings_are_the_same(name: str, tmp_path: Path) -> None:
     assert read_config(write(tmp_path, new)) == config
 
 
-@pytest.mark.parametrize("scaling", [{"type": "su"}, {"type": "longrope"}, {"rope_type": "longrope"}])
+@pytest.mark.parametrize("scaling", [{"type": "su"}, {"type": "yarn"}, {"type": "longrope"}, {"rope_type": "longrope"}])
 def test_names_of_longrope(tmp_path: Path, scaling: Config) -> None:
     config = read_config(write(tmp_path, PHI3 | {"rope_scaling": scaling | LONG}))
     factor = math.sqrt(1 + math.log(4) / math.log(32))
@@ -130,8 +132,8 @@ def test_longrope_attention_factor(tmp_path: Path) -> None:
         return read_config(write(tmp_path, PHI3 | {"rope_scaling": rope})).rope.attention_factor
 
     ratio = attention_factor()
-    assert attention_factor(factor=77.0) == ratio, "Phi-3 takes the ratio of its contexts, not `factor`"
-    assert attention_factor(attention_factor=1.25) == 1.25
+    assert attention_factor(factor=4.0) == ratio == attention_factor(factor=4)
+    assert attention_factor(attention_factor=1.25) == 1.25 == attention_factor(attention_factor=1.25, factor=77.0)
     short = PHI3 | {"rope_scaling": {"type": "longrope", **LONG}, "max_position_embeddings": 32}
     assert read_config(write(tmp_path, short)).rope.attention_factor == 1.0
 
@@ -185,8 +187,88 @@ def test_sliding_window(tmp_path: Path) -> None:
     assert window(sliding_window=128) is None
     assert window(sliding_window=16, layer_types=["sliding_attention"] * 2) == 16
     assert window(layer_types=["full_attention"] * 2) is None
+    assert window(sliding_window=16, use_sliding_window=False) is None
+    assert window(sliding_window=16, use_sliding_window=False, layer_types=["full_attention"] * 2) is None
+    assert window(sliding_window=16, use_sliding_window=True) == 16
 
 
+def test_a_window_that_is_switched_off_is_noted(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, PHI3 | {"sliding_window": 16, "use_sliding_window": False}))
+    assert any("use_sliding_window is false" in note for note in config.notes)
+    llama = LLAMA | {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
+    assert read_config(write(tmp_path, llama)).sliding_window is None
+
+
+NOTES = {"my_note": "x", "_flash_attn_2_enabled": True, "model_max_length": 4096, "_unsloth": {"a": 1}, "layers": [3]}
+
+
+@pytest.mark.parametrize("config", [PHI3, LLAMA, MISTRAL], ids=["phi3", "llama", "mistral"])
+def test_keys_that_transformers_does_not_read_either(tmp_path: Path, config: Config) -> None:
+    plain = read_config(write(tmp_path, config))
+    assert plain.notes == ()
+    noted = read_config(write(tmp_path, config | NOTES))
+    assert noted == plain
+    (note,) = noted.notes
+    assert all(repr(key) in note for key in NOTES)
+
+
+def test_all_that_is_refused_is_told_at_once(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    message = refusal(tmp_path, LLAMA | NOTES | {"attention_bias": True, "mlp_bias": True, "rope_scaling": yarn})
+    assert "3 settings" in message
+    for words in ("key attention_bias: True (expected False)", "key mlp_bias: True", "key rope_type: 'yarn'"):
+        assert words in message
+    assert "my_note" not in message
+
+
+def test_declared_and_unknown_keys_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = replace(FAMILIES["llama"], declared=FAMILIES["llama"].declared | {"new_gate", "new_norm"})
+    monkeypatch.setitem(FAMILIES, "llama", family)
+    message = refusal(tmp_path, LLAMA | {"new_gate": 3, "new_norm": "x", "my_note": 1})
+    assert "key new_gate: 3" in message
+    assert "key new_norm: 'x'" in message
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_declared_keys_are_those_of_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    cls = type(transformers.AutoConfig.for_model(family))
+    fields = {each.name for each in dataclasses.fields(cls)}
+    settable = {
+        name
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, property) and value.fset is not None
+    }
+    assert FAMILIES[family].declared == fields | settable
+    assert not FAMILIES[family].declared - READ - IGNORED - set(NEUTRAL)
+
+
+def test_original_context_inside_alone_is_not_read(tmp_path: Path) -> None:
+    inside = {"type": "longrope", **LONG, "original_max_position_embeddings": 32}
+    config = {key: value for key, value in PHI3.items() if key != "original_max_position_embeddings"}
+    read = read_config(write(tmp_path, config | {"rope_scaling": inside}))
+    assert read.rope.original_context == 4096
+    assert "original_max_position_embeddings is 4096" in read.notes[0]
+    same = read_config(write(tmp_path, config | {"rope_scaling": inside | {"original_max_position_embeddings": 4096}}))
+    assert (same, same.notes) == (read, ())
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        ("quantization_config", {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "gemm"}),
+        ("quantization", {"bits": 4, "group_size": 64}),
+    ],
+)
+def test_quantized_checkpoint_of_any_family(tmp_path: Path, key: str, settings: Config) -> None:
+    message = refusal(tmp_path, {"model_type": "qwen9", key: settings})
+    assert "already quantized" in message
+    assert re.search(r"4 bits, groups of (128|64)", message)
+
+
+DISAGREE = "versions of transformers.*key rope_theta"
 # (settings, words of the message): an arithmetic-changing or unknown setting is named, never ignored.
 REFUSED: list[tuple[Config, str]] = [
     (PHI3 | {"model_type": "qwen2"}, "unsupported model family.*one of phi3, llama, mistral; found 'qwen2'"),
@@ -197,7 +279,11 @@ REFUSED: list[tuple[Config, str]] = [
     (LLAMA | {"mlp_bias": True}, "key mlp_bias"),
     (LLAMA | {"sliding_window": 64}, "key sliding_window"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "rotates whole heads"),
-    (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+    (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "already quantized.*found GPTQ"),
+    (LLAMA | {"is_causal": False}, "key is_causal"),
+    (LLAMA | {"per_layer_config": {"0": {"head_dim": 8}}}, "key per_layer_config"),
+    (LLAMA | {"transformers_weights": "other.safetensors"}, "key transformers_weights"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_theta": None}, DISAGREE),
     (LLAMA | {"embedding_multiplier": 12.0}, "key embedding_multiplier"),
     (LLAMA | {"residual_multiplier": 0.22}, "key residual_multiplier"),
     (LLAMA | {"attention_multiplier": 0.015}, "key attention_multiplier"),
@@ -206,7 +292,6 @@ REFUSED: list[tuple[Config, str]] = [
     (LLAMA | {"use_qk_norm": True}, "key use_qk_norm"),
     (LLAMA | {"num_local_experts": 8}, "key num_local_experts"),
     (LLAMA | {"vision_config": {}}, "text-only"),
-    (LLAMA | {"brand_new_gate": 3}, "unknown key.*brand_new_gate.*found 3"),
     (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "key rope_type.*'yarn'"),
     (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "key rope_type.*'dynamic'"),
     (LLAMA | {"rope_scaling": {"type": "longrope", **LONG}}, "key rope_type.*'longrope'"),
@@ -220,7 +305,8 @@ REFUSED: list[tuple[Config, str]] = [
     (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "short_factor": [1.0] * 7}}, "8 numbers.*found 7 values"),
     (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "long_factor": [0] * 8}}, "numbers above 0"),
     (PHI3 | {"rope_scaling": {"type": "llama3"}}, "one of default, longrope for phi3"),
-    (PHI3 | {"sliding_window": 16, "use_sliding_window": False}, "key use_sliding_window"),
+    (PHI3 | {"sliding_window": 16, "use_sliding_window": "no"}, "key use_sliding_window.*true or false"),
+    (PHI3 | {"rope_scaling": {"type": "longrope", **LONG, "factor": 77.0}}, "differently.*key factor.*found 77"),
     (PHI3 | {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, "key layer_types"),
     (PHI3 | {"partial_rotary_factor": 0.2}, "key partial_rotary_factor"),
     (PHI3 | {"num_attention_heads": 5}, "key hidden_size.*multiple"),

@@ -13,6 +13,7 @@ from converters.generate import Decoder, batch_size, draw, generate
 from converters.graph import Graph, Weight
 from converters.interpret import interpret
 from converters.load import load_graph
+from converters.passes.context import for_context
 from tests.converters.arrays import ArraySource
 
 torch = pytest.importorskip("torch")
@@ -33,7 +34,7 @@ def test_every_step_has_the_logits_of_transformers(name: str, tmp_path: Path, mo
     for length in tiny_models.VARIANTS[name].lengths:
         ids = np.random.default_rng(length).integers(0, graph.config.vocab_size, (3, length))
         expected = tiny_models.reference_logits(folder, torch.from_numpy(ids)).numpy()
-        decoder = Decoder(graph, 3, length)
+        decoder = Decoder(for_context(graph, length), 3, length)
         found = np.stack([decoder.step(column) for column in ids.T], axis=1)
         assert found.dtype == np.float32
         assert np.abs(found - expected).max() <= 1e-4, f"length {length}"

@@ -1,15 +1,17 @@
-"""Frequencies of every kind against transformers' own functions."""
+"""Frequencies of every kind against transformers' own."""
 
 from __future__ import annotations
 
+import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from converters.config import Rope, RopeKind, read_config
-from converters.rope import apply_rope, cos_sin, inverse_frequencies, uses_long_factors
+from converters.rope import apply_rope, cos_sin, inverse_frequencies
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
@@ -23,27 +25,28 @@ def test_default_by_hand() -> None:
 def test_published_models_against_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = transformers.AutoConfig.from_pretrained(CONFIGS / name)
-    if getattr(config, "head_dim", 0) is None:
-        del config.head_dim
+    module = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
+    embedding = getattr(module, type(config).__name__.removesuffix("Config") + "RotaryEmbedding")(config)
     rope = read_config(CONFIGS / name).rope
-    lengths = {False: 10, True: 5000} if rope.kind is RopeKind.LONGROPE else {False: 10}
-    for long, length in lengths.items():
-        expected, factor = ROPE_INIT_FUNCTIONS[rope.kind.value](config, torch.device("cpu"), seq_len=length)
-        assert uses_long_factors(rope, length) == long
-        assert np.allclose(inverse_frequencies(rope, long=long), expected.numpy(), rtol=1e-6)
-        assert math.isclose(rope.attention_factor, factor)
+    for length in (10, 5000):
+        embedding(torch.zeros(1), torch.arange(length)[None])
+        chosen = rope.for_context(length)
+        assert chosen.long == (rope.kind is RopeKind.LONGROPE and length == 5000)
+        assert np.allclose(inverse_frequencies(chosen), embedding.inv_freq.numpy(), rtol=1e-6)
+        assert math.isclose(rope.attention_factor, embedding.attention_scaling)
 
 
-def test_long_factors_start_after_the_original_context() -> None:
+def test_the_context_decides_the_factors_at_every_position() -> None:
     rope = Rope(RopeKind.LONGROPE, 10000.0, 4, original_context=8, short_factors=(1, 1), long_factors=(2, 2))
-    assert not uses_long_factors(rope, 8)
-    assert uses_long_factors(rope, 9)
-    assert not uses_long_factors(Rope(RopeKind.LLAMA3, 10000.0, 4, original_context=8), 9)
-    assert np.array_equal(cos_sin(rope, 9)[0], cos_sin(rope, 9, long=True)[0])
-    assert not np.array_equal(cos_sin(rope, 9)[0], cos_sin(rope, 9, long=False)[0])
+    within, beyond = rope.for_context(8), rope.for_context(9)
+    assert (within.factors, beyond.factors) == ((1, 1), (2, 2))
+    assert beyond.for_context(8) == within
+    assert not Rope(RopeKind.LLAMA3, 10000.0, 4, original_context=8).for_context(9).long
+    for each in (within, beyond):
+        assert np.array_equal(cos_sin(each, 9)[0][:5], cos_sin(each, 5)[0])
+    assert np.array_equal(cos_sin(beyond, 9)[0], cos_sin(replace(rope, short_factors=(2, 2)), 9)[0])
 
 
 def test_rotation_by_hand() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from converters.load import load_graph
 from converters.passes.assign import assign_schemes
+from converters.passes.context import for_context
 from converters.quantize.scheme import scheme_named
 from converters.role import Role
 from converters.tokenizer import read_tokenizer
@@ -26,5 +27,6 @@ def make_model(
     graph = load_graph(make_checkpoint(name, folder / "checkpoint"))
     by_role = {role: scheme_named(each) for role, each in (overrides or {}).items()}
     graph = assign_schemes(graph, scheme_named(scheme), by_role)
+    context = context or graph.config.context_length
     tokenizer = read_tokenizer(folder / "tokenizer", write_byte_level(folder / "tokenizer", None))
-    return Model(graph, tokenizer, context or graph.config.context_length, name, None, {"temperature": 0.5})
+    return Model(for_context(graph, context), tokenizer, context, name, None, {"temperature": 0.5})

@@ -9,6 +9,7 @@ import numpy as np
 from converters.architectures import llama, phi3
 from converters.config import ModelConfig, Rope, RopeKind
 from converters.graph import Graph
+from converters.passes.context import for_context
 from converters.tensors import TensorTable
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from exporters.base import Model
@@ -69,7 +70,7 @@ class RandomTensors(TensorTable):
 
 def random_graph(config: ModelConfig, seed: int = 0) -> Graph:
     build = phi3.build if config.family == "phi3" else llama.build
-    return build(config, RandomTensors(seed))
+    return for_context(build(config, RandomTensors(seed)), config.context_length)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -95,6 +96,7 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
-def model_of(graph: Graph, **changes: object) -> Model:
-    base = Model(graph, byte_tokenizer(), graph.config.context_length, "Tiny")
+def model_of(graph: Graph, context_length: int | None = None, **changes: object) -> Model:
+    context = context_length or graph.config.context_length
+    base = Model(for_context(graph, context), byte_tokenizer(), context, "Tiny")
     return replace(base, **changes)  # type: ignore[arg-type]

@@ -234,7 +234,7 @@ def test_a_matrix_on_the_grid_is_not_free_in_fewer_bits(checkpoint: Path) -> Non
     before, after = (
         _measured_costs(each, options, {}, ids, lambda *what: None, lambda amount: None) for each in (graph, on_grid)
     )
-    assert after[0][0] == 0 and (after[0][1:] > 0).all()
+    assert after[0][0] < 1e-9 < after[0][1:].min()  # a last bit of the products may differ with their order
     np.testing.assert_allclose(after[0][1:], before[0][1:], rtol=2)
     np.testing.assert_allclose(after[1], before[1], rtol=0.1)
 

@@ -104,7 +104,7 @@ def test_a_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_text_as_messages(model: Model, oracle, tmp_path: Path) -> None:
     paragraphs = [prose(60) + f" {number}" for number in range(40)]
     ids = calibration_sequences(model, write(tmp_path / "t.txt", "\n\n".join(paragraphs)), 3, 900, seed=0, chat=True)
-    start = oracle.apply_chat_template([{"role": "user", "content": ""}], tokenize=True)[:3]
+    start = oracle.apply_chat_template([{"role": "user", "content": ""}], tokenize=True, return_dict=False)[:3]
     assert (ids[:, :2] == start[:2]).all()  # each begins as a conversation does
     shown = [oracle.decode(row) for row in ids.tolist()]
     asked = Counter(part.split("<|im_end|>")[0] for text in shown for part in text.split("<|im_start|>user\n")[1:])
@@ -120,7 +120,7 @@ def test_conversations_as_they_are(model: Model, oracle, tmp_path: Path) -> None
         for number in range(20)
     ]
     rows = write(tmp_path / "t.jsonl", "\n".join(json.dumps({"messages": talk}) for talk in talks))
-    possible = [oracle.apply_chat_template(talk, tokenize=True) for talk in talks]
+    possible = [oracle.apply_chat_template(talk, tokenize=True, return_dict=False) for talk in talks]
     ids = calibration_sequences(model, rows, 5, 60, seed=0, chat=True)
     places = [next(at for at, talk in enumerate(possible) if talk[:60] == row) for row in ids.tolist()]
     assert len(set(places)) == 5 and places != sorted(places)

@@ -63,12 +63,14 @@ def test_every_gate_in_every_runtime(fp32_build: tuple[Path, dict[str, Any]]) ->
     for target in Target:
         results = gates(manifest, target)
         assert results["codes"]["passed"] and results["tokens"]["passed"] and results["runtime"]["passed"]
-    # Both sides of the boundary where the artifact claims both, the far side alone where it claims that.
-    beyond = "kl past the LongRoPE boundary"
-    for target in (Target.ONNX, Target.OPENVINO):
-        assert gates(manifest, target)["kl"]["passed"] and gates(manifest, target)[beyond]["passed"]
-    for target in (Target.GGUF, Target.MLX):
-        assert gates(manifest, target)["kl"]["passed"] is None and gates(manifest, target)[beyond]["figure"] < 1e-5
+        for name in ("kl", "kl past the LongRoPE boundary", "state", "state past 256 tokens", "chat as opened"):
+            assert results[name]["passed"], (target, name)
+        assert results["chat as opened past 256 tokens"]["passed"], target
+        assert "long factors apply at every position" in manifest["targets"][target]["semantics"]["sentence"]
+        for state in ("state", "state past 256 tokens"):
+            assert results[state]["passed"] and results[state]["figure"] < 1e-9, (target, results[state])
+        assert results["chat as opened"]["passed"] and results["chat as opened past 256 tokens"]["passed"]
+        assert results["as opened"]["figure"] is not None
     assert manifest["source"]["licence"] == "mit"
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert "| onnx | codes | passed |" in (out / "report.md").read_text()

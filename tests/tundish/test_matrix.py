@@ -149,6 +149,8 @@ def test_cells_are_built_then_reused(place: Place, checkpoint: Path) -> None:
     out, err = second.communicate(timeout=240)
     assert results(json.loads(out))[f"{title}/int4"] == ("built", 0), err
     assert results(json.loads(out))[f"{title}/fp32"] == ("reused", 0)
+    why = {cell["recipe"]: cell["message"] for cell in json.loads(out)["cells"] if cell["model"] == title}
+    assert why["int4"].startswith("the build there is damaged: ") and why["fp32"] == ""
     assert (folder / "out" / title / "fp32" / "manifest.json").stat().st_ino == kept
     data[-1] ^= 1
     assert artifact.read_bytes() == data, "the same bytes as before"

@@ -24,8 +24,8 @@ from tundish.calibration_text import Origin, calibration_sequences
 from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.plan import Plan, make_plan, own_memory, shortage_of
-from tundish.recipe import Recipe, load_recipe
-from tundish.verify import LONG_TAIL, evaluation_shape, long_length, reference_logits
+from tundish.recipe import Evaluation, Recipe, load_recipe
+from tundish.verify import LONG_TAIL, evaluation_shape, long_length, reference_logits, text_shape
 
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 CALIBRATED = {"source": "random-tokens", "tokens": 16}
@@ -55,11 +55,26 @@ def test_the_logits_of_verification_are_counted(checkpoint: Path, tmp_path: Path
     counted = make_plan(model, recipe, EXPORTERS).disk - make_plan(model, recipe, EXPORTERS, verified=False).disk
     beyond = long_length(model)
     assert beyond is not None
-    shape = evaluation_shape(recipe, model.context_length)
+    shape = evaluation_shape(recipe, model)
     paths = reference_logits(model, np.zeros(shape, np.int64), tmp_path, "short")
     paths += reference_logits(model, np.zeros((1, beyond), np.int64), tmp_path, "long", LONG_TAIL)
     needed = 2 * sum(path.stat().st_size for path in paths)
     assert needed < counted < needed + (32 << 20)
+
+
+def test_a_large_model_reads_less_text(checkpoint: Path, tmp_path: Path) -> None:
+    model, _ = opened(checkpoint, tmp_path)
+    multiplied = sum(
+        weight.shape[0] * weight.shape[1] for name, weight in model.graph.weights.items() if len(weight.shape) == 2
+    ) - (0 if model.graph.config.tie_embeddings else math.prod(model.graph.weights["embedding"].shape))
+    pass_of = 2e-12 * multiplied  # teraflops for one token
+
+    def shape(tokens: float) -> tuple[int, int]:
+        return text_shape(Evaluation(sequences=4, length=100, teraflops=tokens * pass_of), model)
+
+    assert shape(1e6) == text_shape(Evaluation(sequences=4, length=100), model) == (4, 100)
+    assert (shape(310), shape(190), shape(80)) == ((3, 100), (1, 100), (1, 80))
+    assert shape(1) == (1, 64), "so few that a figure would say nothing"
 
 
 def test_text_is_counted_by_its_tokens_and_fitted_codes_on_the_disk(checkpoint: Path, tmp_path: Path) -> None:

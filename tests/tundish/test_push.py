@@ -62,7 +62,12 @@ def with_verdict(poured: Path, folder: Path, verdicts: dict[str, bool | None]) -
 
 
 def start(hub: UploadHub, *arguments: object, token: str = TOKEN) -> subprocess.Popen[str]:
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, "-m", "tundish", "push", *map(str, arguments), "--json"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -43,6 +43,7 @@ SHIPPED = {
     "iot-int4": (Device.IOT, {GGUF, ONNX}, "int4_g32"),
     "aipc-int4": (Device.AI_PC, {OPENVINO}, "int4_g32"),
     "aipc-int8": (Device.AI_PC, {OPENVINO}, "int8_g32"),
+    "aipc-long-int4": (Device.AI_PC, {OPENVINO}, "int4_g32"),
     "npu-int4": (Device.NPU, {OPENVINO}, "int4_g128"),
     "copilotpc-int4": (Device.COPILOT_PC, {ONNX}, "int4_g32"),
     "copilotpc-fp16": (Device.COPILOT_PC, {ONNX}, "fp16"),
@@ -117,7 +118,7 @@ def test_shipped_recipe(model: str, name: str) -> None:
         inexact = model == "phi4-mini" and target is Target.GGUF  # its pre-tokenizer has no exact name in llama.cpp
         assert gates.tokens == (0.05 if inexact else 0)
         assert gates.codes_equal and gates.stops
-        assert gates.longrope_boundary == (name != "all-fp32" or target is not MLX)
+        assert gates.longrope_boundary
 
 
 def test_listing_has_distinct_descriptions_for_one_model() -> None:
@@ -185,12 +186,10 @@ def test_a_mix_is_no_override_and_a_type_without_a_mix_may_be_the_default() -> N
 
 
 @pytest.mark.parametrize("model", SOURCES)
-def test_contexts_past_4096_only_where_the_runtime_switches_factors(model: str) -> None:
-    for name, (_, targets, _) in SHIPPED.items():
+def test_contexts_past_4096_are_for_long_text_alone(model: str) -> None:
+    for name in SHIPPED:
         context = load_recipe(f"{model}-{name}").context
-        assert (context == "full") == (name == "all-fp32")
-        if context != "full" and context > 4096:
-            assert targets <= {ONNX, OPENVINO}
+        assert isinstance(context, int) and (context > 4096) == ("long" in name)
 
 
 @pytest.mark.parametrize("model", SOURCES)
@@ -620,10 +619,8 @@ def test_any_damage_to_a_recipe_is_told_with_a_line(name: str, data: st.DataObje
 
 def test_unknown_name() -> None:
     told = message("phi35-mobil-int4")
-    assert told.startswith("unknown recipe 'phi35-mobil-int4'; expected one of phi35-aipc-int4, ")
-    assert told.endswith(
-        "Did you mean phi35-mobile-int4? A recipe of your own is given by its path, such as ./phi35-mobil-int4.yaml."
-    )
+    assert told.startswith("unknown recipe 'phi35-mobil-int4' (did you mean phi35-mobile-int4?); expected one of ")
+    assert told.endswith("A recipe of your own is given by its path, such as ./phi35-mobil-int4.yaml.")
 
 
 def test_missing_file_and_folder() -> None:

@@ -21,7 +21,7 @@ def gate(name: str, passed: bool | None, figure: float | None = None, threshold:
 
 
 def manifest(verification: object) -> dict[str, Any]:
-    sentence = {"sentence": "The context is 8 tokens.", "exact_from": 1, "exact_to": 8}
+    sentence = {"sentence": "The context is 8 tokens.", "exact_to": 8}
     return {
         "tundish": "1.2.3",
         "source": {"name": "tiny", "repo_id": "owner/tiny", "revision": "abc", "licence": None},

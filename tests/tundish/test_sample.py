@@ -55,7 +55,8 @@ def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(TOKENS), hidden_size=192, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1000.0, max_position_embeddings=64,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         initializer_range=0.2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -87,8 +88,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
+    writer.add_rope_freq_base(1000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3 if token in CONTROL else 1 for token in TOKENS])
@@ -256,7 +257,7 @@ def test_config_and_tokenizer_files_say_what_the_gguf_says(tiny_gguf: Path, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.convert_ids_to_tokens(tokenizer(" the 12")["input_ids"]) == ["Ġthe", "Ġ", "1", "2"]
     assert tokenizer.decode(tokenizer("é the🙂<|im_end|>")["input_ids"]) == "é the🙂<|im_end|>"
-    chat = tokenizer.apply_chat_template([{"content": "the"}])
+    chat = tokenizer.apply_chat_template([{"content": "the"}], return_dict=False)
     assert (chat[0], chat[-1], tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2, 2)
 
 
@@ -402,9 +403,10 @@ def test_real_sample_knows_the_capital_of_france_and_stops(real: Path):
     tokenizer = AutoTokenizer.from_pretrained(real)
     model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    tokens = model.generate(prompt, max_new_tokens=60, do_sample=False)[0]
-    assert tokenizer.decode(tokens[prompt.shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, tokenize=False)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=60, do_sample=False)[0]
+    assert tokenizer.decode(tokens[ids.shape[1] :]) == "The capital of France is Paris.<|im_end|>"
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def write_tiny_phi3(folder: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         original_max_position_embeddings=ORIGINAL_CONTEXT,
-        rope_scaling=longrope(8),
+        rope_parameters=longrope(8),
         bos_token_id=None,
         eos_token_id=list(tokenizer.eos_token_ids),
         pad_token_id=tokenizer.eos_token_ids[0],

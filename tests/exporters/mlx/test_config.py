@@ -33,27 +33,17 @@ def with_config(model: Model, **changes: Any) -> Model:
     return replace(model, graph=replace(model.graph, config=replace(model.graph.config, **changes)))
 
 
-def test_longrope_within_the_original_context_has_short_factors_only(tmp_path: Path) -> None:
-    model = make_model("phi4_mini", tmp_path, context=32)
+@pytest.mark.parametrize(("context", "words"), [(32, "short factors apply"), (128, "long factors apply")])
+def test_the_context_decides_longropes_factors(context: int, words: str, tmp_path: Path) -> None:
+    model = make_model("phi4_mini", tmp_path, context=context)
     config, rope = config_of(model), model.graph.config.rope
-    assert config["rope_scaling"] == {
-        "type": "longrope",
-        "short_factor": list(rope.short_factors),
-        "long_factor": list(rope.short_factors),
-    }
+    chosen = list(rope.short_factors if context == 32 else rope.long_factors)
+    assert config["rope_scaling"] == {"type": "longrope", "short_factor": chosen, "long_factor": chosen}
     # From these two mlx-lm derives the attention factor.
     assert (config["max_position_embeddings"], config["original_max_position_embeddings"]) == (128, 32)
     assert config["partial_rotary_factor"] == 0.75
     semantics = EXPORTER.semantics(model, MlxOptions())
-    assert (semantics.exact_from, semantics.exact_to) == (1, 32)
-
-
-def test_longrope_beyond_the_original_context_is_right_there_only(tmp_path: Path) -> None:
-    model = make_model("phi4_mini", tmp_path)
-    config, rope = config_of(model), model.graph.config.rope
-    assert config["rope_scaling"]["long_factor"] == list(rope.long_factors)
-    semantics = EXPORTER.semantics(model, MlxOptions())
-    assert (semantics.exact_from, semantics.exact_to) == (33, 128)
+    assert (words in semantics.sentence, semantics.exact_to) == (True, context)
 
 
 def test_an_attention_factor_of_its_own_reaches_mlx(tmp_path: Path) -> None:

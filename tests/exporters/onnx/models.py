@@ -21,9 +21,9 @@ LONG = longrope(ORIGINAL, 16)
 SMALL = replace(BASE, hidden_size=128, intermediate_size=192, num_layers=2, context_length=128)
 CONFIGS: dict[str, ModelConfig] = {
     "plain": SMALL,
-    "longrope_switch": replace(SMALL, rope=LONG),
-    "longrope_switch_partial_tied": replace(SMALL, rope=longrope(ORIGINAL, 12), num_kv_heads=2, tie_embeddings=True),
-    "longrope_short_only": replace(SMALL, rope=replace(LONG, original_context=128)),
+    "longrope": replace(SMALL, rope=LONG, context_length=ORIGINAL),
+    "longrope_long": replace(SMALL, rope=LONG),
+    "longrope_long_partial_tied": replace(SMALL, rope=longrope(ORIGINAL, 12), num_kv_heads=2, tie_embeddings=True),
     "gqa": replace(SMALL, num_kv_heads=1),
     "partial_rotary": replace(SMALL, rope=replace(PLAIN, dim=12)),
     "window": replace(SMALL, sliding_window=9),

@@ -21,7 +21,7 @@ from tests.converters.tiny_tokenizers import write_sentencepiece  # noqa: E402
 from tests.exporters.onnx.models import SMALL, write_artifact  # noqa: E402
 from tests.exporters.tiny_graphs import random_graph  # noqa: E402
 
-CHATS = ("<s>[INST] What is it? [/INST]", "<s> [INST] a", "<s>Hello</s><s>\nHi </s>", "<s>  two")
+CHATS = ("<s>[INST] What is it? [/INST]", "<s> [INST] a", "<s>Hello</s><s>\nHi </s>", "<s> one")
 
 
 @pytest.mark.parametrize("json_file", [False, True])

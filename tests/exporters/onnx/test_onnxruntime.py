@@ -16,6 +16,7 @@ from converters.errors import GateError  # noqa: E402
 from exporters.base import Activations, Model  # noqa: E402
 from exporters.onnx.exporter import EXPORTER  # noqa: E402
 from exporters.onnx.names import DATA_FILE, MODEL_FILE  # noqa: E402
+from exporters.onnx.runtime import NUMPY_OF_ORT  # noqa: E402
 from exporters.options import ExecutionProvider, OnnxOptions  # noqa: E402
 from tests.exporters.onnx.models import CONFIGS, ORIGINAL, graph_of, layout_of, write_artifact  # noqa: E402
 from tests.exporters.oracle import canonical, divergences, random_ids, reference_logits  # noqa: E402
@@ -36,7 +37,7 @@ def check(model: Model, folder: Path, options: OnnxOptions, kl: float) -> None:
     for name, weight in matrices.items():
         assert np.array_equal(stored[name], canonical(weight)), name
     runtime = EXPORTER.open(artifact, options)
-    for length in LENGTHS:
+    for length in (each for each in LENGTHS if each <= model.context_length):
         ids = random_ids(graph, length)
         expected, found = reference_logits(graph, ids), runtime.logits(ids)
         assert found.shape == expected.shape
@@ -64,7 +65,7 @@ def test_roles_with_schemes_of_their_own(provider: ExecutionProvider, tmp_path: 
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "int8_channel", "int4_g32", "int4_g64", "int4_asym_g32"])
-@pytest.mark.parametrize("name", ["longrope_switch", "longrope_switch_partial_tied"])
+@pytest.mark.parametrize("name", ["longrope_long", "longrope_long_partial_tied"])
 def test_directml_form(name: str, scheme: str, tmp_path: Path) -> None:
     check(model_of(graph_of(name, scheme)), tmp_path, DML, 1e-4)
 
@@ -72,7 +73,7 @@ def test_directml_form(name: str, scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("provider", [ExecutionProvider.CPU, ExecutionProvider.CUDA, ExecutionProvider.WEBGPU])
 def test_fp16_activations(provider: ExecutionProvider, tmp_path: Path) -> None:
     options = OnnxOptions(execution_provider=provider, activations=Activations.FP16)
-    graph = graph_of("longrope_switch", "int4_g32", lm_head="fp16", attn_output="fp32")
+    graph = graph_of("longrope_long", "int4_g32", lm_head="fp16", attn_output="fp32")
     check(model_of(graph), tmp_path, options, 1e-4)
 
 
@@ -99,7 +100,7 @@ def test_a_tied_matrix_is_stored_once() -> None:
 
 
 def test_places_cover_the_data_file_without_overlap() -> None:
-    model = model_of(graph_of("longrope_switch", "int4_asym_g32"))
+    model = model_of(graph_of("longrope_long", "int4_asym_g32"))
     layout = layout_of(model, OnnxOptions())
     big = layout.big[DATA_FILE]
     spans = [(offset, offset + len(data)) for offset, data in big.fixed]
@@ -112,33 +113,39 @@ def test_places_cover_the_data_file_without_overlap() -> None:
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
-    model = model_of(graph_of("longrope_switch", "int4_g32"))
+    model = model_of(graph_of("longrope_long", "int4_g32"))
     first, second = (write_artifact(model, tmp_path / name) for name in ("a", "b"))
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
-def test_decoding_step_by_step_equals_one_pass(tmp_path: Path) -> None:
-    """The cache: positions of later tokens, on one side of LongRoPE's boundary."""
+@pytest.mark.parametrize("options", [OnnxOptions(), DML], ids=["rotated inside", "rotated before"])
+@pytest.mark.parametrize("name", ["longrope", "longrope_long"])
+def test_decoding_step_by_step_equals_one_pass(name: str, options: OnnxOptions, tmp_path: Path) -> None:
+    """The cache: a chunk, tokens one by one and a second turn, past LongRoPE's original context where there is room."""
     import onnxruntime
 
-    graph = graph_of("longrope_switch")
-    artifact = write_artifact(model_of(graph), tmp_path)
+    graph = graph_of(name)
+    artifact = write_artifact(model_of(graph), tmp_path, options)
     session = onnxruntime.InferenceSession(str(artifact / MODEL_FILE), providers=["CPUExecutionProvider"])
-    ids = np.array([random_ids(graph, ORIGINAL)], np.int64)
+    length = min(graph.config.context_length, ORIGINAL + 12)
+    ids = np.array([random_ids(graph, length)], np.int64)
+    positions = {"position_ids"} & {entry.name for entry in session.get_inputs()}
     caches = {
-        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), NUMPY_OF_ORT[entry.type])
         for entry in session.get_inputs()
         if entry.name.startswith("past")
     }
     names = [output.name for output in session.get_outputs()]
-    for start, stop in ((0, 30), (30, 31), (31, ORIGINAL)):
-        mask = np.ones((1, stop), np.int64)
-        feeds = {"input_ids": ids[:, start:stop], "attention_mask": mask} | caches
+    parts = []
+    for start, stop in ((0, 20), (20, ORIGINAL - 1), *((at, at + 1) for at in range(ORIGINAL - 1, length))):
+        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((1, stop), np.int64)} | caches
+        feeds |= {name: np.arange(start, stop, dtype=np.int64)[None] for name in positions}
         results = dict(zip(names, session.run(names, feeds), strict=True))
+        parts.append(results["logits"][0].astype(np.float32))
         caches = {name.replace("present", "past_key_values"): results[name] for name in names if name != "logits"}
     expected = reference_logits(graph, ids[0].tolist())
-    assert np.abs(results["logits"][0, -1] - expected[-1]).max() < 1e-3
+    assert divergences(expected, np.concatenate(parts)).max() < (1e-8 if options is not DML else 1e-3)
 
 
 def test_bf16_activations_have_no_cpu_kernel(tmp_path: Path) -> None:
@@ -157,11 +164,12 @@ def test_rows_of_inspect(tmp_path: Path) -> None:
     assert "CPUExecutionProvider" in EXPORTER.devices()
 
 
-def test_a_shorter_context_needs_one_cache(tmp_path: Path) -> None:
-    graph = graph_of("longrope_switch")
-    short = layout_of(model_of(graph, context_length=ORIGINAL), OnnxOptions())
-    long = layout_of(model_of(graph), OnnxOptions())
-    row = 8 * 4 * 2  # cos and sin of 8 pairs in fp32
-    sizes = [sum(len(data) for _, data in layout.big[DATA_FILE].fixed) for layout in (short, long)]
-    assert sizes == [ORIGINAL * row, (ORIGINAL + graph.config.context_length) * row]
-    assert "Slice" not in {node.op_type for node in onnx.load_from_string(short.small[MODEL_FILE]).graph.node}
+@pytest.mark.parametrize("options", [OnnxOptions(), DML], ids=["rotated inside", "rotated before"])
+@pytest.mark.parametrize("name", ["longrope", "longrope_long"])
+def test_the_rotary_cache_has_a_row_a_position(name: str, options: OnnxOptions) -> None:
+    model = model_of(graph_of(name))
+    layout = layout_of(model, options)
+    row = 8 * (4 if options is not DML else 2) * 2  # cos and sin of 8 pairs
+    assert sum(len(data) for _, data in layout.big[DATA_FILE].fixed) == model.context_length * row
+    kinds = {node.op_type for node in onnx.load_from_string(layout.small[MODEL_FILE]).graph.node}
+    assert not kinds & {"If", "ReduceMax", "Slice", "Greater", "GreaterOrEqual"}

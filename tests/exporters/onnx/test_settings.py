@@ -11,11 +11,11 @@ pytest.importorskip("onnx")
 
 from converters.errors import UsageError
 from converters.quantize.scheme import SCHEMES
-from exporters.base import Activations, Model
+from exporters.base import Activations, Model, Semantics
 from exporters.onnx.exporter import EXPORTER
 from exporters.onnx.settings import resolve_settings
 from exporters.options import ExecutionProvider, OnnxOptions
-from tests.exporters.onnx.models import LONG, ORIGINAL, SMALL, graph_of, layout_of
+from tests.exporters.onnx.models import LONG, SMALL, graph_of, layout_of
 from tests.exporters.tiny_graphs import model_of, random_graph
 
 CPU, DML = OnnxOptions(), OnnxOptions(execution_provider=ExecutionProvider.DML)
@@ -59,9 +59,7 @@ def test_bf16_scales_would_not_be_the_quantizers() -> None:
     ("original", "context", "longest"),
     [
         (None, 2**31 - 1, 2**23),
-        (4096, 2**31 - 1, 2**23 - 4096),  # rows of the short factors are in the same table
-        (3 * 2**21, 2**23, 3 * 2**21),
-        (2**30, 2**31 - 1, 2**23),
+        (4096, 2**31 - 1, 2**23),
     ],
 )
 def test_rotary_tables_that_no_memory_holds(original: int | None, context: int, longest: int) -> None:
@@ -99,12 +97,9 @@ def test_block_sizes(scheme: str, row: int, provider: str, expected: int) -> Non
     assert resolve_settings(model_of(graph_of("plain")), options).block_size(SCHEMES[scheme], row) == expected
 
 
-@pytest.mark.parametrize(
-    ("original", "context", "expected"),
-    [(4096, 4096, "llama"), (4096, 8192, "phi3"), (8192, 16384, "phi3small"), (40, 128, "llama")],
-)
-def test_the_model_type_says_when_to_prefill_anew(original: int, context: int, expected: str) -> None:
-    assert config_of(longrope(original, context))["model"]["type"] == expected
+@pytest.mark.parametrize(("original", "context"), [(4096, 4096), (4096, 8192), (8192, 16384)])
+def test_the_model_type_does_not_make_genai_prefill_anew(original: int, context: int) -> None:
+    assert config_of(longrope(original, context))["model"]["type"] not in ("phi3", "phi3small")
 
 
 def test_genai_config() -> None:
@@ -130,10 +125,9 @@ def test_genai_config_of_directml() -> None:
     assert [list(each) for each in decoder["session_options"]["provider_options"]] == [["dml"]]
 
 
-def test_semantics() -> None:
-    plain = EXPORTER.semantics(model_of(graph_of("plain")), CPU)
-    assert (plain.exact_from, plain.exact_to) == (1, 128)
-    assert "fresh prefill" in EXPORTER.semantics(longrope(4096, 8192), CPU).sentence
-    assert "cached under the short factors" in EXPORTER.semantics(longrope(4096, 8192), DML).sentence
-    assert "cached under the short factors" in EXPORTER.semantics(longrope(ORIGINAL, 128), CPU).sentence
-    assert "apply throughout" in EXPORTER.semantics(longrope(4096, 4096), CPU).sentence
+@pytest.mark.parametrize("options", [CPU, DML])
+def test_semantics(options: OnnxOptions) -> None:
+    plain = EXPORTER.semantics(model_of(graph_of("plain")), options)
+    assert plain == Semantics("The context is 128 tokens.", 128)
+    assert "long factors apply at every position" in EXPORTER.semantics(longrope(4096, 8192), options).sentence
+    assert "short factors apply at every position" in EXPORTER.semantics(longrope(4096, 4096), options).sentence

@@ -103,7 +103,7 @@ def test_transformers_reads_config_json_as_the_same_model(name, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == model.graph.config.family
     again = read_config(tmp_path)
     original = model.graph.config.rope.original_context
-    rope = replace(again.rope, original_context=original)
+    rope = replace(again.rope, original_context=original).for_context(model.context_length)
     assert replace(again, rope=rope) == model.graph.config
 
 
@@ -119,11 +119,9 @@ def test_optimum_intel_opens_the_folder(tmp_path):
     assert np.abs(logits.numpy()[0] - reference_logits(model.graph, ids)).max() < 1e-3
 
 
-def test_semantics_say_where_the_factors_change(tmp_path):
-    model = make_model("phi3_mini_128k", tmp_path)
-    options = OpenvinoOptions()
-    switching = EXPORTER.semantics(model, options)
-    assert (switching.exact_from, switching.exact_to) == (1, model.context_length)
-    assert "selects" in switching.sentence
-    short = EXPORTER.semantics(replace(model, context_length=ORIGINAL_CONTEXT), options)
-    assert "short factors apply throughout" in short.sentence
+@pytest.mark.parametrize(("context", "words"), [(ORIGINAL_CONTEXT, "short factors apply"), (128, "long factors apply")])
+def test_semantics_say_which_factors_apply(context, words, tmp_path):
+    model = make_model("phi3_mini_128k", tmp_path, context=context)
+    semantics = EXPORTER.semantics(model, OpenvinoOptions())
+    assert words in semantics.sentence
+    assert semantics.exact_to == context

@@ -41,4 +41,6 @@ def test_the_network_and_the_pipeline_are_never_open_together(tmp_path, monkeypa
     before = runtime.logits(ids)
     runtime.answer("Hello", 2)
     np.testing.assert_array_equal(runtime.logits(ids), before)
-    assert [name for name, _ in opened] == ["network", "pipeline", "network"]
+    runtime.as_opened(ids)
+    runtime.converse([ids[:4], ids[4:8]], 2)
+    assert [name for name, _ in opened] == ["network", "pipeline", "network", "network", "pipeline"]
