@@ -100,10 +100,10 @@ def _added_token(index: int, token: Token) -> dict[str, object]:
     return {
         "id": index,
         "content": token.text,
-        "single_word": False,
+        "single_word": token.single_word,
         "lstrip": token.lstrip,
         "rstrip": token.rstrip,
-        "normalized": False,
+        "normalized": token.normalized,
         "special": token.type is not TokenType.USER_DEFINED,
     }
 

@@ -45,7 +45,8 @@ class Token:
 
     Added tokens (control and user defined ones) are plain text; the others are spelled in the vocabulary's own
     alphabet: U+2581 for a space in SentencePiece, GPT-2's 256 printable characters for bytes in byte-level BPE.
-    lstrip and rstrip: an added token swallows the white space before or after it.
+    lstrip and rstrip: an added token swallows the white space before or after it. single_word: it is found only between
+    what are no letters. normalized: it is looked for last, in the text as the normalizer leaves it.
     """
 
     text: str
@@ -53,6 +54,8 @@ class Token:
     score: float = 0.0
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,15 @@ class AddedToken:
     special: bool
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 def added_token(item: object, special: bool, where: str) -> AddedToken:
     """The token of a file's JSON: its text alone, or an object with content and flags. ModelError if it is neither."""
     fields: Mapping[str, object] = item if isinstance(item, dict) else {"content": item}
     text = fields.get("content")
-    flags = {"special": special, "lstrip": False, "rstrip": False}
+    flags = {"special": special, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     stated = {name: fields.get(name, default) for name, default in flags.items()}
     flags |= {name: flag for name, flag in stated.items() if isinstance(flag, bool)}
     if not isinstance(text, str) or not text or flags != stated:
@@ -133,7 +138,13 @@ def with_added(tokens: Mapping[int, Token], added: Mapping[int, AddedToken], whe
                 mend="The tokenizer files come from different models: fetch the checkpoint again.",
             )
         result[index] = Token(
-            new.text, _added_type(old, new), old.score if old else 0.0, lstrip=new.lstrip, rstrip=new.rstrip
+            new.text,
+            _added_type(old, new),
+            old.score if old else 0.0,
+            lstrip=new.lstrip,
+            rstrip=new.rstrip,
+            single_word=new.single_word,
+            normalized=new.normalized,
         )
     return result
 

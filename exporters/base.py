@@ -121,6 +121,10 @@ class Difference:
     of: Literal["encoding", "decoding", "chat"]
     applies: Callable[[str], bool]
 
+    def record(self) -> dict[str, str]:
+        """As manifests hold it."""
+        return {"name": self.name, "of": self.of, "sentence": self.sentence}
+
 
 class Runtime(Protocol):
     """An artifact opened in the runtime it was made for. Verification gives it a process of its own.
@@ -154,6 +158,10 @@ class Runtime(Protocol):
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of text as a prompt: special tokens in it are recognized, and BOS is added where the model wants one."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, one or more, without special tokens."""
         ...
 
     def render(

@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from exporters.base import Card
-from tundish.report import cell, table, weight_rows
+from tundish.report import DIFFERENCE_COLUMNS, cell, difference_rows, table, weight_rows
 
 _PERPLEXITIES = ("perplexity", "reference_perplexity")
 
@@ -31,10 +31,17 @@ def model_card(manifest: dict[str, Any], target: str, card: Card) -> str:
         card.usage,
         "## Weights",
         table(*weight_rows(manifest)),
+        *_differences(manifest, target),
         "## Measured",
         _figures((manifest["verification"] or {}).get(target)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _differences(manifest: dict[str, Any], target: str) -> list[str]:
+    rows = difference_rows(manifest, target)
+    told = "Texts of these kinds come out otherwise than by the model's own tokenizer or chat template."
+    return ["## Declared differences", told, table(DIFFERENCE_COLUMNS, rows)] if rows else []
 
 
 def _plain(text: str) -> str:

@@ -220,6 +220,7 @@ def plan(
                 "files": {name: big.nbytes for name, big in layout.big.items()}
                 | {name: len(data) for name, data in layout.small.items()},
                 "semantics": made.semantics[target].sentence,
+                "differences": [difference.record() for difference in made.differences[target]],
             }
             for target, layout in made.layouts.items()
         },

@@ -68,6 +68,7 @@ def build_manifest(
         "targets": {
             target: {
                 "semantics": asdict(plan.semantics[target]),
+                "differences": [difference.record() for difference in plan.differences[target]],
                 "bytes": layout.nbytes,
                 "files": {
                     name: {"bytes": nbytes[target][name], "sha256": digest}

@@ -55,8 +55,15 @@ class _Semantics(_Record):
     sentence: str
 
 
+class _Difference(_Record):
+    name: str
+    of: str
+    sentence: str
+
+
 class _Target(_Record):
     semantics: _Semantics
+    differences: list[_Difference] = []  # builds of earlier versions declare none
     bytes: _Count
     files: _Files = Field(min_length=1)
     documents: _Files
@@ -107,6 +114,7 @@ class _Gate(_Record):
     figure: float | None
     threshold: float | None
     detail: str
+    declared: dict[str, _Count] = {}
 
 
 class _Divergence(_Record):

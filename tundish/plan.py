@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from converters.graph import Graph, Weight
 from converters.passes.assign import requested_scheme
 from converters.quantize.scheme import NumberType
 from converters.quantize.sequential import fittable
-from exporters.base import Exporter, Layout, Model, Semantics, Target
+from exporters.base import Difference, Exporter, Layout, Model, Semantics, Target
 from tundish.big_file import KEPT
 from tundish.calibrate import Reading, is_calibrated, reading, warm_up_fit
 from tundish.calibration_memory import (
@@ -79,6 +79,7 @@ class Plan:
     shortage: ResourceError | None = None  # what this machine lacks for it, where that was asked
     assignment: Assignment | None = None  # what the recipe's budget came to, if it has one
     cached: bool = False  # the calibration
+    differences: Mapping[Target, tuple[Difference, ...]] = field(default_factory=dict)
     scratch: int = 0  # in the cache until the calibration is done, and nothing is written beside --out
     remarks: tuple[str, ...] = ()  # on the model, for people
 
@@ -111,13 +112,14 @@ def make_plan(
     Pours a few rows into nothing: memory is what this process holds with everything loaded, and what the build adds.
     `verified` is whether the build will verify what the recipe says.
     """
-    layouts, semantics = {}, {}
+    layouts, semantics, differences = {}, {}, {}
     for target, options in recipe.targets.items():
         exporter = exporters[target]
         require_modules(exporter)
         exporter.check(model, options)
         layouts[target] = exporter.layout(model, options)
         semantics[target] = exporter.semantics(model, options)
+        differences[target] = exporter.differences(model, options)
     graph = model.graph
     rows = tuple(_row(graph, weight, recipe, layouts) for weight in graph.weights.values())
     read = reading(model, recipe)
@@ -139,7 +141,17 @@ def make_plan(
         phases["budget"] = held + budget_bytes(graph, recipe)
     if verifying:
         phases |= {name: held + nbytes for name, nbytes in _verify_phases(model, recipe).items()}
-    return Plan(layouts, rows, semantics, written, kept, phases, compiling=compiling, scratch=scratch)
+    return Plan(
+        layouts,
+        rows,
+        semantics,
+        written,
+        kept,
+        phases,
+        compiling=compiling,
+        scratch=scratch,
+        differences=differences,
+    )
 
 
 def own_memory() -> int:

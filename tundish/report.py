@@ -8,6 +8,7 @@ from typing import Any
 from tundish.front import front_rows, front_sentence
 
 GATE_COLUMNS = ["gate", "result", "figure", "threshold", "detail"]
+DIFFERENCE_COLUMNS = ["difference", "of", "what happens", "texts of the gate"]
 _MARKS = {True: "passed", False: "FAILED", None: "not verified"}
 
 
@@ -24,6 +25,7 @@ def write_report(manifest: dict[str, Any]) -> str:
         _artifacts(manifest),
         "## Gates",
         _gates(manifest),
+        *_differences(manifest),
         "## Weights",
         table(*weight_rows(manifest)),
     ]
@@ -80,6 +82,21 @@ def _gates(manifest: dict[str, Any]) -> str:
         if result["versions"]
     ]
     return table(["target", *GATE_COLUMNS], rows) + ("\n\nRuntimes:\n\n" + "\n".join(versions) if versions else "")
+
+
+def _differences(manifest: dict[str, Any]) -> list[str]:
+    rows = [[target, *row] for target in manifest["targets"] for row in difference_rows(manifest, target)]
+    return ["## Declared differences", table(["target", *DIFFERENCE_COLUMNS], rows)] if rows else []
+
+
+def difference_rows(manifest: dict[str, Any], target: str) -> list[list[str]]:
+    """Of a target's declared differences: the cells of DIFFERENCE_COLUMNS."""
+    gates = (manifest["verification"] or {}).get(target, {"gates": []})["gates"]
+    counts = {name: count for gate in gates for name, count in gate.get("declared", {}).items()}
+    return [
+        [each["name"], each["of"], each["sentence"], str(counts.get(each["name"], 0)) if gates else "not verified"]
+        for each in manifest["targets"][target].get("differences", [])
+    ]
 
 
 def gate_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -21,6 +21,7 @@ class Gate:
     figure: float | None = None
     threshold: float | None = None
     detail: str = ""
+    declared: Mapping[str, int] = field(default_factory=dict)  # texts that differ as declared, by kind
 
 
 @dataclass(frozen=True, slots=True)

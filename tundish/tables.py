@@ -61,7 +61,8 @@ def plan_text(document: dict[str, Any]) -> str:
     parts = [columns(rows, frozenset(range(3, 3 + len(targets))))]
     for target, entry in document["targets"].items():
         files = "\n".join(f"  {size:>15,}  {name}" for name, size in entry["files"].items())
-        parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}\n{files}")
+        declared = "".join(f"\n  differs: {each['sentence']}" for each in entry["differences"])
+        parts.append(f"{target}: {entry['bytes']:,} bytes. {entry['semantics']}{declared}\n{files}")
     if document["remarks"]:
         parts.append("\n".join(f"note: {remark}" for remark in document["remarks"]))
     if document["budget"] is not None:

@@ -20,30 +20,29 @@ from numpy.typing import NDArray
 
 from converters.arrays import NUMPY, computing_by
 from converters.config import RopeKind
-from converters.errors import ModelError, UsageError
+from converters.errors import UsageError
 from converters.interpret import WeightRows, interpret
 from converters.ops import OPS, Linear
 from converters.quantize.tensor import F32
 from converters.source import Source
-from converters.tokenizer import TokenType
 from converters.tokenizer_json import fast_tokenizer
 from exporters.base import Exporter, Model, Semantics, Target
 from tundish.chat_gate import compared, expected_prompts
 from tundish.chat_gate import judge as judge_chat
 from tundish.child import run_child
-from tundish.corpus import TOKEN_CORPUS
 from tundish.divergence import Divergence, compare_logits
 from tundish.heldout import evaluation_text
 from tundish.recipe import Evaluation, Gates, Recipe
 from tundish.results import AGREEMENT, NOT_FINITE, Gate, TargetResult, measured
 from tundish.state_gate import boundary_of, judge, state_positions
+from tundish.token_corpus import generated_texts
+from tundish.token_gates import TokenReference, token_gates, token_reference
 from tundish.worker import Request
 
 LONG_GATE = "kl past the LongRoPE boundary"
 LONG_TAIL = 64  # positions past the LongRoPE boundary that are compared
 _BESIDE_LOGITS = 16 << 20  # bytes of token ids, logs and what a runtime leaves, generously
 _FEWEST_TOKENS = 64  # of held-out text, however large the model is
-_MAX_SPECIAL_TEXTS = 64
 _SHOWN_ANSWER = 60  # characters of one that does not end
 
 
@@ -52,7 +51,7 @@ class Reference:
     """What every artifact is held against. Logits lie in .npy files, since they are large."""
 
     texts: tuple[str, ...]
-    token_ids: tuple[tuple[int, ...], ...] | None  # None: transformers is not installed
+    tokens: TokenReference | None  # None: transformers is not installed
     prompts: tuple[str | None, ...] | None  # see tundish.chat_gate.expected_prompts
     sequences: NDArray[np.int64]
     logits: tuple[Path, ...]
@@ -115,7 +114,7 @@ def _not_verified(target: Target, missing: Sequence[str], recipe: Recipe) -> Tar
 
 def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, threads: int) -> Reference:
     """Token ids, held-out sequences and their float32 logits."""
-    texts = (*TOKEN_CORPUS, *_special_texts(model))
+    texts = generated_texts(model.tokenizer)
     stream = stream_of(model, evaluation_text())
     sequences = cut(stream, *evaluation_shape(recipe, model))
     long_sequences = None
@@ -124,7 +123,7 @@ def make_reference(model: Model, source: Source, recipe: Recipe, folder: Path, t
         long_sequences = cut(np.resize(stream, max(len(stream), beyond)), 1, beyond)
     return Reference(
         texts=texts,
-        token_ids=_transformers_ids(source, texts, folder, threads),
+        tokens=token_reference(source, texts, folder, threads),
         prompts=() if model.tokenizer.chat_template is None else expected_prompts(source.folder, folder, threads),
         sequences=sequences,
         logits=reference_logits(model, sequences, folder, "reference"),
@@ -194,31 +193,6 @@ def cut(stream: NDArray[np.int64], count: int, length: int, where: str = "held-o
     return stream[: count * length].reshape(count, length)
 
 
-def _special_texts(model: Model) -> Iterator[str]:
-    """Each special token inside ordinary text, with and without spaces around it."""
-    special = [
-        token.text
-        for token in model.tokenizer.tokens
-        if token.type in (TokenType.CONTROL, TokenType.USER_DEFINED) and token.text
-    ]
-    for text in special[:_MAX_SPECIAL_TEXTS]:
-        yield f"{text}one {text}two{text} three\n{text}\n"
-
-
-def _transformers_ids(
-    source: Source, texts: Sequence[str], folder: Path, threads: int
-) -> tuple[tuple[int, ...], ...] | None:
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    request, result = folder / "texts.json", folder / "ids.json"
-    request.write_text(json.dumps(list(texts)), encoding="utf-8")
-    arguments = [str(source.folder), str(request), str(result)]
-    failure = run_child("tundish.reference_tokenizer", arguments, folder / "ids.log", 300, threads).failure
-    if failure:
-        raise ModelError("transformers cannot read this tokenizer", where=str(source.folder), found=failure)
-    return tuple(tuple(ids) for ids in json.loads(result.read_text(encoding="utf-8")))
-
-
 def reference_logits(
     model: Model, sequences: NDArray[np.int64], folder: Path, stem: str, tail: int | None = None
 ) -> tuple[Path, ...]:
@@ -269,6 +243,7 @@ def _verify_target(
         folder=str(folder),
         texts=list(reference.texts),
         conversations=compared(reference.prompts) if settings.gates.chat else [],
+        token_ids=[] if reference.tokens is None else [list(ids) for ids in reference.tokens.ids],
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
@@ -289,12 +264,15 @@ def _verify_target(
         note = events["open"]["note"]
         results.append(Gate("runtime", True, detail="opened, ran and closed" + (f"; {note}" if note else "")))
     divergence = None
+    differences = exporter.differences(model, recipe.targets[exporter.target])
     if "codes" in events and gates.codes_equal:
         results.append(_codes_gate(digests, events["codes"]["digests"]))
     if "tokens" in events:
-        results.append(_tokens_gate(gates, reference, events["tokens"]["ids"]))
+        found = events["tokens"]
+        results += token_gates(
+            reference.texts, reference.tokens, found["ids"], found["decoded"], differences, gates.tokens
+        )
     if "chat" in events and gates.chat:
-        differences = exporter.differences(model, recipe.targets[exporter.target])
         results.append(judge_chat(reference.prompts, events["chat"]["prompts"], differences))
     if "logits" in events:
         divergence = divergence_of(reference.logits, sequences, folder, "logits")
@@ -344,24 +322,6 @@ def _answer_detail(answer: dict[str, Any]) -> str:
     if answer["stopped"]:
         return f"{count} tokens: {text!r}"
     return f"no stop token in {count} tokens (verify.answer.max_tokens), which begin {text[:_SHOWN_ANSWER]!r}"
-
-
-def _tokens_gate(gates: Gates, reference: Reference, found: Sequence[Sequence[int]]) -> Gate:
-    if reference.token_ids is None:
-        return Gate("tokens", None, detail="transformers is not installed, so there is no reference")
-    pairs = list(zip(reference.texts, reference.token_ids, found, strict=True))
-    wrong = [(text, list(expected), list(ids)) for text, expected, ids in pairs if list(expected) != list(ids)]
-    detail = f"{len(pairs)} texts equal"
-    if wrong:
-        text, expected, ids = wrong[0]
-        pairs_of_ids = zip(expected, ids, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs_of_ids) if a != b), min(len(expected), len(ids)))
-        detail = (
-            f"{len(wrong)} of {len(pairs)} texts differ; the first is {text[:60]!r}, from token {at} on: "
-            f"expected {expected[at : at + 6]}, found {ids[at : at + 6]}"
-        )
-    share = len(wrong) / len(pairs)
-    return Gate("tokens", share <= gates.tokens, share, gates.tokens, detail)
 
 
 def divergence_of(logits: Sequence[Path], sequences: NDArray[np.int64], folder: Path, stem: str) -> Divergence:

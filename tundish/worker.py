@@ -48,6 +48,7 @@ class Request:
     schemes: dict[str, str]  # of the weights, by name: a budget may have chosen them
     folder: str
     texts: list[str]
+    token_ids: list[list[int]]  # to decode
     conversations: list[int]
     sequences: str
     long_sequences: str | None
@@ -75,7 +76,11 @@ def run(request: Request) -> None:
     emit("codes", digests=digests)
     runtime = exporter.open(artifact, options)
     emit("open", versions=package_versions(exporter.runtime_requires), note=runtime.note)
-    emit("tokens", ids=[runtime.tokenize(text) for text in request.texts])
+    emit(
+        "tokens",
+        ids=[runtime.tokenize(text) for text in request.texts],
+        decoded=[runtime.decode(ids) if ids else "" for ids in request.token_ids],
+    )
     emit("chat", prompts=list(rendered(runtime, request.conversations)))
     for index, ids in enumerate(np.load(request.sequences)):
         np.save(folder / f"logits-{index}.npy", runtime.logits(ids.tolist()).astype(np.float32, copy=False))

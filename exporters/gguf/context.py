@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from exporters.base import Model, Semantics
 from exporters.context import context_sentence
-from exporters.gguf.vocab import known_differences
 
 CONTEXT_MULTIPLE = 256  # llama-context.cpp rounds a context up to this
 
@@ -23,7 +22,6 @@ def semantics(model: Model) -> Semantics:
             f"llama.cpp ignores the model's sliding window of {window} tokens: longer sequences get full attention"
         )
         exact_to = window
-    parts += (sentence.removesuffix(".") for sentence in known_differences(model.tokenizer))
     return Semantics("; ".join(parts) + ".", exact_to)
 
 

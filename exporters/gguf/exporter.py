@@ -68,10 +68,14 @@ class GgufExporter:
         return semantics(model)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
+        """What llama.cpp does otherwise with this tokenizer's texts and template, whatever the file says."""
+        from exporters.gguf.differences import tokenizer_differences
+
         template = model.tokenizer.chat_template
         names = frozenset() if template is None else variables(template)
         # A template that asks for the date itself gets the same one.
-        return (DATED,) if "date_string" in names and "strftime_now" not in names else ()
+        dated = (DATED,) if "date_string" in names and "strftime_now" not in names else ()
+        return (*tokenizer_differences(model.tokenizer), *dated)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         """Every matrix as gguf-py's reader sees it, by canonical name."""

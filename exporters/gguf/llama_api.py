@@ -126,6 +126,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "llama_model_meta_val_str": (c_int32, (c_void_p, c_char_p, c_char_p, ctypes.c_size_t)),
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
     "llama_vocab_is_eog": (c_bool, (c_void_p, c_int32)),
+    "llama_vocab_get_attr": (c_int32, (c_void_p, c_int32)),
     "llama_vocab_get_add_bos": (c_bool, (c_void_p,)),
     "llama_vocab_bos": (c_int32, (c_void_p,)),
     "llama_tokenize": (c_int32, (c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool)),

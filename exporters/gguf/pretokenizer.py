@@ -49,7 +49,8 @@ class PreTokenizerRow:
     """One pre-tokenizer of llama.cpp.
 
     `patterns` are its regexes, applied one after another. Where llama.cpp only approximates the model's regex,
-    `stands_for` is that regex, and `difference` says what comes of it.
+    `stands_for` is that regex, and `difference` says what comes of it. `cleans`: its llama_detokenize takes spaces out
+    before punctuation.
     """
 
     name: str
@@ -57,20 +58,23 @@ class PreTokenizerRow:
     ignore_merges: bool = False
     stands_for: tuple[str, ...] | None = None
     difference: str | None = None
+    cleans: bool = False
 
 
 # llama.cpp, src/llama-vocab.cpp: the regexes in llm_tokenizer_bpe's constructor, the flags in llama_vocab::impl::load.
 # Read at commit 00ad355e of ggml-org/llama.cpp; granite-embed-multi-97m and what follows need a build of 2026.
 # Where several names mean the same, the oldest one that fits is listed. Exact rows go before approximate ones.
 ROWS = (
-    PreTokenizerRow("gpt-2", (GPT2,)),
+    PreTokenizerRow("gpt-2", (GPT2,), cleans=True),
     PreTokenizerRow("smollm", (r"\p{N}", GPT2)),
-    PreTokenizerRow("llama-bpe", (LLAMA3,), ignore_merges=True),
-    PreTokenizerRow("dbrx", (LLAMA3,)),
+    PreTokenizerRow("llama-bpe", (LLAMA3,), ignore_merges=True, cleans=True),
+    PreTokenizerRow("dbrx", (LLAMA3,), cleans=True),
     PreTokenizerRow("qwen2", (QWEN2,)),
     PreTokenizerRow("qwen35", (QWEN35,)),
     PreTokenizerRow("seed-coder", (rf"{WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",)),
-    PreTokenizerRow("minicpm5", (r"\p{N}{1,3}", rf"{WORDS}|\p{{N}}+|{PUNCTUATION}|{SPACES}"), ignore_merges=True),
+    PreTokenizerRow(
+        "minicpm5", (r"\p{N}{1,3}", rf"{WORDS}|\p{{N}}+|{PUNCTUATION}|{SPACES}"), ignore_merges=True, cleans=True
+    ),
     PreTokenizerRow(
         "tekken",
         (_cased(ASCII_UPPER, ASCII_LOWER, "", r"\p{N}"),),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_int8, c_int32
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from exporters.gguf.llama_api import (
     load_library,
 )
 
+NEVER_PRINTED = 1 << 0 | 1 << 3  # llama.h: LLAMA_TOKEN_ATTR_UNKNOWN, LLAMA_TOKEN_ATTR_CONTROL
 BATCH = 512  # tokens a decode call: bounds the logits that llama.cpp holds at once
 
 
@@ -85,6 +87,10 @@ class LlamaCpp:
         """Ids of text as a prompt: special tokens recognized, BOS (and EOS) added where the metadata says so."""
         return self._tokenize(text, add_special=True)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids without special tokens, by llama_detokenize."""
+        return detokenize(self._c, self._vocab, token_ids)
+
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
     ) -> str:
@@ -97,7 +103,7 @@ class LlamaCpp:
         pending = self._prompt_ids(prompt)
         self._begin(len(pending) + max_tokens)
         answer, stopped = self._generate(pending, max_tokens)
-        return Answer(tuple(answer), self._detokenize(answer), stopped)
+        return Answer(tuple(answer), self.decode(answer), stopped)
 
     def _generate(self, pending: list[int], max_tokens: int) -> tuple[list[int], bool]:
         """The greedy answer to tokens that continue the context, and whether an end of generation ended it."""
@@ -148,17 +154,6 @@ class LlamaCpp:
             count = self._c.llama_tokenize(self._vocab, data, len(data), ids, size, add_special, True)
         return list(ids[:count])
 
-    def _detokenize(self, token_ids: Sequence[int]) -> str:
-        ids = (c_int32 * len(token_ids))(*token_ids)
-        size = 16 * len(token_ids) + 16
-        text = ctypes.create_string_buffer(size)
-        count = self._c.llama_detokenize(self._vocab, ids, len(token_ids), text, size, False, False)
-        if count < 0:
-            size = -count
-            text = ctypes.create_string_buffer(size)
-            count = self._c.llama_detokenize(self._vocab, ids, len(token_ids), text, size, False, False)
-        return text.raw[:count].decode(errors="replace")
-
     def _begin(self, length: int, sequences: int = 1, own: bool = False) -> None:
         """An empty context for `length` tokens of each sequence; allocated anew if the present one is another.
 
@@ -202,3 +197,23 @@ class LlamaCpp:
 
     def _failure(self, what: str, where: str) -> GateError:
         return GateError(what, where=where, found=" / ".join(list(self._lib.log)[-4:]) or "no message from llama.cpp")
+
+
+def detokenize(functions: Any, vocab: int, token_ids: Sequence[int]) -> str:
+    """The text of ids by llama_detokenize, which knows where a text begins.
+
+    What prints nothing is left out before: llama.cpp leaves out the model's own space of the first token alone, even if
+    that one prints nothing.
+    """
+    printed = [token for token in token_ids if not functions.llama_vocab_get_attr(vocab, token) & NEVER_PRINTED]
+    if not printed:
+        return ""
+    ids = (c_int32 * len(printed))(*printed)
+    size = 16 * len(printed) + 16
+    text = ctypes.create_string_buffer(size)
+    count = functions.llama_detokenize(vocab, ids, len(printed), text, size, False, False)
+    if count < 0:
+        size = -count
+        text = ctypes.create_string_buffer(size)
+        count = functions.llama_detokenize(vocab, ids, len(printed), text, size, False, False)
+    return text.raw[:count].decode(errors="replace")

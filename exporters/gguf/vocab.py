@@ -16,7 +16,7 @@ from converters.chat_template import for_trimming_reader
 from converters.errors import ModelError
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType
 from exporters.gguf.entry import Entry, array, boolean, string, u32
-from exporters.gguf.pretokenizer import identify_pre, splits
+from exporters.gguf.pretokenizer import identify_pre
 
 TOKEN_TYPES = {
     TokenType.NORMAL: GgufTokenType.NORMAL,
@@ -134,12 +134,12 @@ def safe_general_name(name: str, tokenizer: Tokenizer) -> str:
     llama.cpp gives rstrip to all added tokens but PHI3_KEPT if the name contains phi-3 or phi3, and to none otherwise.
     The name is changed as little as that takes.
     """
-    if _wants_phi3(tokenizer):
+    if wants_phi3(tokenizer):
         return name if PHI3_NAME.search(name) else f"{name} (Phi-3)"
     return PHI3_NAME.sub(lambda match: f"{match[0][:3]} 3", name)
 
 
-def _wants_phi3(tokenizer: Tokenizer) -> bool:
+def wants_phi3(tokenizer: Tokenizer) -> bool:
     if not {token.text for token in tokenizer.tokens} >= PHI3_REQUIRED:
         return False  # llama.cpp would not load the file
     return len(_wrong_strips(tokenizer, True)) < len(_wrong_strips(tokenizer, False))
@@ -152,34 +152,3 @@ def _wrong_strips(tokenizer: Tokenizer, phi3: bool) -> list[str]:
         for token in tokenizer.tokens
         if token.type in ADDED and token.rstrip != (phi3 and token.text not in PHI3_KEPT)
     ]
-
-
-def known_differences(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Where llama.cpp's token ids are not the model's, a sentence each; none for most models."""
-    return tuple(_differences(tokenizer))
-
-
-def _differences(tokenizer: Tokenizer) -> Iterator[str]:
-    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE:
-        row = identify_pre(tokenizer)
-        if splits(row.patterns) != splits(tokenizer.split_patterns):
-            yield f"llama.cpp's pre-tokenizer {row.name} stands for this one, but {row.difference}."
-    if tokenizer.space_prefix is SpacePrefix.FIRST:
-        yield (
-            "The model wants a space in front of a text that does not begin with a special token, and there only; "
-            "llama.cpp can add it everywhere or nowhere, and here adds none."
-        )
-    left = [token.text for token in tokenizer.tokens if token.type in ADDED and token.lstrip]
-    if left:
-        yield f"White space before {_some(left)} belongs to the token in the model, and not in llama.cpp."
-    right = _wrong_strips(tokenizer, _wants_phi3(tokenizer))
-    if right:
-        yield f"White space after {_some(right)} is treated differently: llama.cpp has no key for it."
-    plain = [token.text for token in tokenizer.tokens if token.type is TokenType.NORMAL and token.text in CONTROL_TEXTS]
-    if plain:
-        yield f"llama.cpp takes {_some(plain)} for control tokens because of their text."
-
-
-def _some(texts: list[str]) -> str:
-    shown = ", ".join(texts[:3])
-    return shown if len(texts) <= 3 else f"{shown} and {len(texts) - 3} more tokens"

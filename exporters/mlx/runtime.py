@@ -95,6 +95,9 @@ class MlxRuntime:
     def tokenize(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
     ) -> str:
@@ -134,7 +137,7 @@ class MlxRuntime:
         for step in mlx_lm.stream_generate(self._model, self._tokenizer, prompt, max_tokens=max_tokens):
             token_ids.append(step.token)
             stopped = step.finish_reason == "stop"
-        return Answer(tuple(token_ids), self._tokenizer.decode(token_ids, skip_special_tokens=True), stopped)
+        return Answer(tuple(token_ids), self.decode(token_ids), stopped)
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:

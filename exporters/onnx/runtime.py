@@ -108,6 +108,9 @@ class OnnxRuntime:
     def tokenize(self, text: str) -> list[int]:
         return [int(token) for token in self._open_tokenizer().encode(text)]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._open_tokenizer().decode(np.array(token_ids, np.int32)))
+
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
     ) -> str:

@@ -96,6 +96,9 @@ class OpenvinoRuntime:
     def tokenize(self, text: str) -> list[int]:
         return _ids(self._tokenizer.encode(text))
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids)))
+
     def render(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]], prompt: bool
     ) -> str:

@@ -7,12 +7,14 @@ import shutil
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from converters.config import ModelConfig, Rope, RopeKind
 from converters.tokenizer import Tokenizer as Record
-from converters.tokenizer import TokenType
+from converters.tokenizer import TokenType, read_tokenizer
+from converters.tokenizer_json import ensure_tokenizer_json
 from tundish.corpus import TOKEN_CORPUS
 
 LLAMA3 = (
@@ -141,10 +143,9 @@ def write_sentencepiece(folder: Path, phi3: bool = False, **settings: object) ->
 @cache
 def sentencepiece_json(prepend: bool = True) -> str:
     """tokenizer.json as transformers saves it for tokenizer.model.v1: BPE with byte fallback, spaces by normalizers."""
-    from transformers import LlamaTokenizerFast
-
-    tokenizer = LlamaTokenizerFast(str(mistral_file("tokenizer.model.v1")), legacy=True)
-    backend = tokenizer.backend_tokenizer
-    if not prepend:
-        backend.normalizer = normalizers.Replace(" ", "\u2581")
+    with TemporaryDirectory() as name:
+        record = read_tokenizer(Path(name), write_sentencepiece(Path(name), add_bos_token=True))
+        backend = Tokenizer.from_str(ensure_tokenizer_json(record))
+    replaced = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replaced]) if prepend else replaced
     return str(backend.to_str())

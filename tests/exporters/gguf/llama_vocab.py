@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 from gguf import GGUFWriter
 
 from converters.tokenizer import Tokenizer
 from exporters.gguf.llama_api import load_library
+from exporters.gguf.runtime import detokenize
 from exporters.gguf.vocab import safe_general_name, tokenizer_metadata
 
 VOCAB_ONLY = 72  # byte offset in llama_model_params of this build: seven pointers and numbers in front
@@ -37,6 +39,10 @@ class LlamaVocab:
         count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, special, True)
         assert count >= 0, count
         return list(ids[:count])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As exporters.gguf.runtime does."""
+        return detokenize(self.lib, self.vocab, ids)
 
     def stops(self, index: int) -> bool:
         return bool(self.lib.llama_vocab_is_eog(self.vocab, index))

@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 from converters.config import ModelConfig, read_config  # noqa: E402
 from converters.errors import ModelError  # noqa: E402
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenType, read_tokenizer  # noqa: E402
+from exporters.gguf.differences import tokenizer_differences  # noqa: E402
 from exporters.gguf.pretokenizer import ROWS, PreTokenizerRow, identify_pre  # noqa: E402
 from exporters.gguf.vocab import (  # noqa: E402
-    known_differences,
     safe_general_name,
     stop_ids,
     tokenizer_metadata,
@@ -136,7 +136,7 @@ def test_ids_equal_transformers(case: str, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path / "model", model)
     keys = {entry.key: entry.value for entry in tokenizer_metadata(tokenizer)}
     assert keys["tokenizer.ggml.pre"] == pre
-    assert known_differences(tokenizer) == ()
+    assert [each for each in tokenizer_differences(tokenizer) if each.of == "encoding"] == []
     assert differing(tmp_path / "model", tmp_path, model, "Phi-3.5-mini") == []
 
 
@@ -154,7 +154,7 @@ def test_an_approximation_says_so(pattern: str, pre: str, most: int, tmp_path: P
     model = write_byte_level(tmp_path / "model", pattern)
     tokenizer = read_tokenizer(tmp_path / "model", model)
     assert identify_pre(tokenizer).name == pre
-    assert any("ÉCOLE" in sentence for sentence in known_differences(tokenizer))
+    assert any("ÉCOLE" in each.sentence for each in tokenizer_differences(tokenizer))
     texts = set(differing(tmp_path / "model", tmp_path, model))
     assert 0 < len(texts) <= most
     assert not any(text.isascii() for text in texts)
@@ -195,7 +195,7 @@ def test_a_space_at_the_start_only_cannot_be_said(tmp_path: Path) -> None:
     model = write_sentencepiece(tmp_path / "model", legacy=False)
     tokenizer = read_tokenizer(tmp_path / "model", model)
     assert tokenizer.space_prefix is SpacePrefix.FIRST
-    assert any("space in front" in sentence for sentence in known_differences(tokenizer))
+    assert any("space in front" in each.sentence for each in tokenizer_differences(tokenizer))
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     llama = open_vocab(tmp_path, tokenizer)
     chat = "<s>[INST] Hello there [/INST] Hi!</s>[INST]  Bye [/INST]"
@@ -246,9 +246,9 @@ def test_phi3_gets_a_name_that_gives_its_tokens_rstrip(tmp_path: Path) -> None:
 def test_white_space_that_llama_cpp_cannot_give_to_a_token_is_told(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path, write_byte_level(tmp_path, None))
     stripped = tuple(replace(t, lstrip=True, rstrip=True) if t.text == "<|im_end|>" else t for t in tokenizer.tokens)
-    before, after = known_differences(replace(tokenizer, tokens=stripped))
-    assert "before <|im_end|>" in before
-    assert "after <|im_end|>" in after
+    after, before = [each.sentence for each in tokenizer_differences(replace(tokenizer, tokens=stripped))][:2]
+    assert "before '<|im_end|>'" in before
+    assert "after '<|im_end|>'" in after
 
 
 def test_metadata_has_the_types_that_llama_cpp_reads(tmp_path: Path) -> None:
