@@ -242,8 +242,8 @@ def _verify_target(
         schemes={name: weight.scheme.name for name, weight in model.graph.weights.items()},
         folder=str(folder),
         texts=list(reference.texts),
-        token_ids=[] if reference.tokens is None else [list(ids) for ids in reference.tokens.ids],
         conversations=compared(reference.prompts) if settings.gates.chat else [],
+        token_ids=[] if reference.tokens is None else [list(ids) for ids in reference.tokens.ids],
         sequences=str(folder / "sequences.npy"),
         long_sequences=None if beyond is None else str(folder / "long.npy"),
         tail=LONG_TAIL,
@@ -264,9 +264,9 @@ def _verify_target(
         note = events["open"]["note"]
         results.append(Gate("runtime", True, detail="opened, ran and closed" + (f"; {note}" if note else "")))
     divergence = None
+    differences = exporter.differences(model, recipe.targets[exporter.target])
     if "codes" in events and gates.codes_equal:
         results.append(_codes_gate(digests, events["codes"]["digests"]))
-    differences = exporter.differences(model, recipe.targets[exporter.target])
     if "tokens" in events:
         found = events["tokens"]
         results += token_gates(

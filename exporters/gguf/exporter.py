@@ -68,7 +68,7 @@ class GgufExporter:
         return semantics(model)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        """What llama.cpp does otherwise with this tokenizer's texts and its chat template, whatever the file says."""
+        """What llama.cpp does otherwise with this tokenizer's texts and template, whatever the file says."""
         from exporters.gguf.differences import tokenizer_differences
 
         template = model.tokenizer.chat_template
