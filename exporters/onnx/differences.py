@@ -16,7 +16,8 @@ from typing import Any
 from converters.json_file import read_json
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from exporters.base import Difference
-from exporters.onnx.tokenizer_files import CONFIG, LINE_ENDS, LONGEST_MIXED_RUN, LONGEST_WORD, SPACE, TOKENIZER_JSON
+from exporters.onnx.tokenizer_files import LINE_ENDS, LONGEST_MIXED_RUN, LONGEST_WORD, SPACE, TOKENIZER_JSON
+from exporters.transformers_files import CONFIG
 
 ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 NOWHERE = "(?!)"
