@@ -178,7 +178,7 @@ def test_scores_of_tokenizer_json_keep_the_order_of_tokenizer_model(tmp_path: Pa
         ({"legacy": True}, SpacePrefix.ALWAYS),
         ({"legacy": False}, SpacePrefix.FIRST),
         ({"legacy": False, "add_prefix_space": False}, SpacePrefix.NEVER),
-        ({}, SpacePrefix.ALWAYS),
+        ({}, SpacePrefix.FIRST),
     ],
 )
 def test_space_prefix_of_a_model_without_tokenizer_json(
