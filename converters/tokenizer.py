@@ -111,6 +111,9 @@ def _record(folder: Path, config: ModelConfig) -> Tokenizer:
     names = _special_names(files, settings, cls)
     tokens = with_added(vocabulary.tokens, _added_tokens(files, settings, names, vocabulary), where)
     ids = {token.text: index for index, token in tokens.items()}
+    unknown = ids.get(names.get("unk_token", ""))
+    if unknown is not None and vocabulary.kind is TokenizerKind.SENTENCEPIECE:  # the model itself may name none
+        tokens[unknown] = replace(tokens[unknown], type=TokenType.UNKNOWN)
     rows = padded(tokens, config.vocab_size, where)
     bos, eos = _frame(vocabulary, settings, names, where)
     for text in (bos, eos):
@@ -131,7 +134,7 @@ def _record(folder: Path, config: ModelConfig) -> Tokenizer:
         bos_id=bos_id,
         eos_ids=_eos_ids(config.eos_token_ids, ids.get(eos or names.get("eos_token", ""))),
         pad_id=ids.get(names.get("pad_token", ""), config.pad_token_id),
-        unk_id=ids.get(names.get("unk_token", "")),
+        unk_id=unknown,
         chat_template=_chat_template(files, settings),
         files=files,
         metaspace=vocabulary.metaspace,
@@ -245,12 +248,23 @@ def _added_tokens(
                 added.setdefault(ids[text], token)
     # A special token that is only named is one all the same; one that exists nowhere goes to the end.
     ids |= {token.text: index for index, token in added.items()}
-    for text in names.values():
+    for text in (*names.values(), *_more_special(settings)):
         index = ids.setdefault(text, max(ids.values()) + 1)
         known = vocabulary.tokens.get(index)
         if index not in added and (known is None or known.type is TokenType.NORMAL):
             added[index] = AddedToken(text, special=True)
     return added
+
+
+def _more_special(settings: Json) -> list[str]:
+    """Special tokens without a name of their own: a list since transformers 5, names and texts before."""
+    key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"
+    where = f"tokenizer_config.json, key {key}"
+    more = settings.get(key) or []
+    if not isinstance(more, list | dict):
+        raise ModelError("malformed key", where=where, expected="a list or an object", found=type(more).__name__)
+    items = more.values() if isinstance(more, dict) else more
+    return [added_token(item, True, where).text for item in items]
 
 
 def _decoder_rows(rows: object) -> Iterator[tuple[int, AddedToken]]:

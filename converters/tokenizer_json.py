@@ -48,8 +48,24 @@ def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:
     """The text of a tokenizer.json: the checkpoint's own if transformers takes it as it is, otherwise one that encodes
     as transformers does."""
     if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE or (tokenizer.merges and not tokenizer.remade):
-        return tokenizer.files["tokenizer.json"].read_text(encoding="utf-8")
+        text = tokenizer.files["tokenizer.json"].read_text(encoding="utf-8")
+        return _with_added(text, tokenizer)
     return json.dumps(_built(tokenizer), ensure_ascii=False, indent=1) + "\n"
+
+
+def _with_added(text: str, tokenizer: Tokenizer) -> str:
+    """The same file, with the tokens that the files beside it add, and the flags that they give."""
+    document = json.loads(text)
+    added = {item["id"]: item for item in document.get("added_tokens", [])}
+    ours = {
+        index: _added_token(index, token)
+        for index, token in enumerate(tokenizer.tokens)
+        if token.type in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    if all(added.get(index) == item for index, item in ours.items()):
+        return text
+    merged = sorted((added | ours).items())
+    return json.dumps(document | {"added_tokens": [item for _, item in merged]}, ensure_ascii=False, indent=1) + "\n"
 
 
 def _built(tokenizer: Tokenizer) -> dict[str, object]:
