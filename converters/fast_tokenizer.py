@@ -25,6 +25,7 @@ from converters.vocabulary import (
 )
 
 SPACE = "\u2581"
+MAX_SPLITS = 64  # the most that a published tokenizer has are five
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # The split of tokenizers' ByteLevel with use_regex (src/pre_tokenizers/byte_level.rs): GPT-2's.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -186,6 +187,8 @@ def _splits(steps: list[Json], where: str) -> tuple[tuple[str, ...], SpacePrefix
                     space_prefix = SpacePrefix.ALWAYS
             case other:
                 raise unsupported("pre-tokenizer", other, where)
+    if len(patterns) > MAX_SPLITS:
+        raise unsupported("pre-tokenizer", f"{len(patterns):,} splits, more than {MAX_SPLITS}", where)
     return tuple(patterns), space_prefix
 
 

@@ -21,6 +21,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     """The tokenizers library's own, for encoding. ModelError if it refuses the file."""
     try:
         found = FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+        found.no_padding()  # which transformers does neither unless it is asked to
+        found.no_truncation()
     except BaseException as error:  # a panic of its Rust code is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
