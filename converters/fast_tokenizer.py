@@ -25,9 +25,12 @@ from converters.vocabulary import (
 )
 
 SPACE = "\u2581"
+MAX_SPLITS = 64  # the most that a published tokenizer has are five
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # The split of tokenizers' ByteLevel with use_regex (src/pre_tokenizers/byte_level.rs): GPT-2's.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What transformers 5 writes to undo that Metaspace puts no space before a text that begins with one.
+FIRST_SPACE_TWICE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 Json = dict[str, Any]  # parsed JSON of a foreign format: each field is checked where it is used
 
 
@@ -70,9 +73,11 @@ def _vocabulary(root: Json, where: str) -> Vocabulary:
         if normalizers:
             raise unsupported("normalizer", normalizers[0]["type"], where)
         patterns, space_prefix = _splits(pre_tokenizers, where)
+        metaspace = False
     elif model.get("byte_fallback"):
         kind = TokenizerKind.SENTENCEPIECE
-        patterns, space_prefix = (), _space_prefix(normalizers, pre_tokenizers, model["vocab"], where)
+        patterns = ()
+        space_prefix, metaspace = _space_prefix(normalizers, pre_tokenizers, model["vocab"], where)
     else:
         names = ", ".join(step["type"] for step in pre_tokenizers) or "none"
         raise unsupported("pre-tokenizer", f"{names}, and no byte fallback", where)
@@ -89,6 +94,7 @@ def _vocabulary(root: Json, where: str) -> Vocabulary:
         split_patterns=patterns,
         ignore_merges=bool(model.get("ignore_merges")),
         space_prefix=space_prefix,
+        metaspace=metaspace,
         prefix=prefix,
         suffix=suffix,
     )
@@ -181,19 +187,27 @@ def _splits(steps: list[Json], where: str) -> tuple[tuple[str, ...], SpacePrefix
                     space_prefix = SpacePrefix.ALWAYS
             case other:
                 raise unsupported("pre-tokenizer", other, where)
+    if len(patterns) > MAX_SPLITS:
+        raise unsupported("pre-tokenizer", f"{len(patterns):,} splits, more than {MAX_SPLITS}", where)
     return tuple(patterns), space_prefix
 
 
-def _space_prefix(normalizers: list[Json], pre_tokenizers: list[Json], vocab: Json, where: str) -> SpacePrefix:
-    """Where a SentencePiece look-alike puts its extra space. Refuses any other change of the text."""
-    prefix, replaces = SpacePrefix.NEVER, False
+def _space_prefix(
+    normalizers: list[Json], pre_tokenizers: list[Json], vocab: Json, where: str
+) -> tuple[SpacePrefix, bool]:
+    """Where a SentencePiece look-alike puts its extra space, and whether it leaves it out before what begins with one.
+    Refuses any other change of the text."""
+    prefix, replaces, doubles = SpacePrefix.NEVER, False, False
     for step in normalizers:
         if step["type"] == "Prepend" and step["prepend"] in (SPACE, " "):
             prefix = SpacePrefix.ALWAYS
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
             replaces = True
+        elif step == FIRST_SPACE_TWICE and replaces and any(each["type"] == "Metaspace" for each in pre_tokenizers):
+            doubles = True
         else:
             raise unsupported("normalizer", json.dumps(step, ensure_ascii=False), where)
+    metaspace = False
     for step in pre_tokenizers:
         if step["type"] != "Metaspace" or step["replacement"] != SPACE:
             raise unsupported("pre-tokenizer", step["type"], where)
@@ -201,11 +215,13 @@ def _space_prefix(normalizers: list[Json], pre_tokenizers: list[Json], vocab: Js
         if step.get("split", True) and any(SPACE in text[1:] for text in vocab):
             raise unsupported("pre-tokenizer", "Metaspace with split, and tokens that have a space inside", where)
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        if doubles and scheme != "always":
+            raise unsupported("normalizer", f"a first space twice, and Metaspace {scheme}", where)
         prefix = {"always": SpacePrefix.ALWAYS, "first": SpacePrefix.FIRST, "never": SpacePrefix.NEVER}[scheme]
-        replaces = True
+        replaces, metaspace = True, not doubles
     if not replaces:
         raise unsupported("normalizer", f"spaces that do not become {SPACE}", where)
-    return prefix
+    return prefix, metaspace
 
 
 def _affixes(processor: Json | None, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

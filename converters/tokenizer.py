@@ -1,13 +1,15 @@
 """Tokenizer files of a checkpoint, read into one neutral record that exporters turn into their container's form.
 
-The record says what transformers (4.57) does with these files, as models are trained and served with it:
+The record says what transformers 5 does with these files:
 
-1. tokenizer.json is the vocabulary; without one, SentencePiece's tokenizer.model is. Its scores are used in any case.
-2. added_tokens_decoder of tokenizer_config.json adds tokens and overrides flags; checkpoints without it have
+1. tokenizer.json is the vocabulary; without one, SentencePiece's tokenizer.model is.
+2. LlamaTokenizer takes vocabulary and merges alone, and puts spaces in front with a Metaspace of its own; without
+   tokenizer.json, it merges in the order of the ids, not of the scores. Other classes take the file as it is.
+3. added_tokens_decoder of tokenizer_config.json adds tokens and overrides flags; checkpoints without it have
    added_tokens.json and special_tokens_map.json instead.
-3. Classes of the Llama line build the frame of BOS and EOS from add_bos_token and add_eos_token and forget the file's
-   post-processor; other classes use the post-processor and ignore these two keys.
-4. chat_template.jinja wins over chat_template in tokenizer_config.json.
+4. The post-processor of tokenizer.json says whether BOS and EOS frame a text; add_bos_token and add_eos_token do where
+   there is no such file.
+5. chat_template.jinja wins over chat_template in tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -45,21 +47,14 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# Classes that make the frame themselves: (add_bos_token, add_eos_token) where tokenizer_config.json has none.
-FRAME_DEFAULTS = {
-    "LlamaTokenizer": (True, False),
-    "CodeLlamaTokenizer": (True, False),
-    "GemmaTokenizer": (True, False),
-    "CohereTokenizer": (True, False),
-    "GPTNeoXTokenizer": (False, False),
-}
 # What a class takes for special tokens that no file names.
 NAME_DEFAULTS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
-# The class that transformers takes where tokenizer_config.json names none.
-CLASS_OF_FAMILY = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
+LLAMA = "LlamaTokenizer"
+# Families whose checkpoints state a class that transformers knows to be wrong: it takes tokenizer.json as it is.
+WITHOUT_CLASS = frozenset(("mistral", "phi3"))
 _MAX_TEMPLATE = 1 << 20  # bytes; long ones have a few thousand
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 Json = dict[str, Any]  # parsed JSON of a foreign format: each field is checked where it is used
@@ -83,6 +78,8 @@ class Tokenizer:
     unk_id: int | None
     chat_template: str | None
     files: Mapping[str, Path]  # the checkpoint's own files by name, for containers that take them as they are
+    metaspace: bool = False  # no space is put in front of what begins with one
+    remade: bool = False  # transformers does not take the steps of tokenizer.json before and after the merges
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
@@ -106,13 +103,19 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 def _record(folder: Path, config: ModelConfig) -> Tokenizer:
     files = {name: inside(folder, name) for name in FILES if (folder / name).is_file()}
     settings = _read_json(files, "tokenizer_config.json")
-    cls = str(settings.get("tokenizer_class") or CLASS_OF_FAMILY.get(config.family, "")).removesuffix("Fast")
+    cls = "" if config.family in WITHOUT_CLASS else str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     vocabulary, where = _read_vocabulary(files, settings, cls, folder)
+    remade = cls == LLAMA and vocabulary.kind is TokenizerKind.SENTENCEPIECE
+    if remade:
+        vocabulary = replace(vocabulary, space_prefix=_own_prefix(settings), metaspace=True)
     names = _special_names(files, settings, cls)
     tokens = with_added(vocabulary.tokens, _added_tokens(files, settings, names, vocabulary), where)
     ids = {token.text: index for index, token in tokens.items()}
+    unknown = ids.get(names.get("unk_token", ""))
+    if unknown is not None and vocabulary.kind is TokenizerKind.SENTENCEPIECE:  # the model itself may name none
+        tokens[unknown] = replace(tokens[unknown], type=TokenType.UNKNOWN)
     rows = padded(tokens, config.vocab_size, where)
-    bos, eos = _frame(vocabulary, settings, cls, names, where)
+    bos, eos = _frame(vocabulary, settings, names, where)
     for text in (bos, eos):
         if text is not None and text not in ids:
             raise ModelError(
@@ -131,9 +134,11 @@ def _record(folder: Path, config: ModelConfig) -> Tokenizer:
         bos_id=bos_id,
         eos_ids=_eos_ids(config.eos_token_ids, ids.get(eos or names.get("eos_token", ""))),
         pad_id=ids.get(names.get("pad_token", ""), config.pad_token_id),
-        unk_id=ids.get(names.get("unk_token", "")),
+        unk_id=unknown,
         chat_template=_chat_template(files, settings),
         files=files,
+        metaspace=vocabulary.metaspace,
+        remade=remade,
     )
     _check_special_ids(tokenizer, where)
     return tokenizer
@@ -163,27 +168,36 @@ def _read_vocabulary(files: Mapping[str, Path], settings: Json, cls: str, folder
         )
     if "tokenizer.model" not in files:
         return read_fast_tokenizer(files["tokenizer.json"]), "tokenizer.json"
-    # transformers builds a Llama tokenizer anew from tokenizer.model if add_prefix_space is stated.
-    rebuilt = cls == "LlamaTokenizer" and settings.get("add_prefix_space") is not None
-    if "tokenizer.json" not in files or rebuilt:
+    if "tokenizer.json" not in files:
         vocabulary = read_sentencepiece(files["tokenizer.model"])
-        return replace(vocabulary, space_prefix=_rebuilt_prefix(settings)), "tokenizer.model"
+        if cls == LLAMA:
+            return replace(vocabulary, tokens=_scored_by_id(vocabulary.tokens)), "tokenizer.model"
+        first = vocabulary.space_prefix is SpacePrefix.ALWAYS and not settings.get("legacy", True)
+        prefix = SpacePrefix.FIRST if first else vocabulary.space_prefix
+        return replace(vocabulary, space_prefix=prefix, metaspace=first), "tokenizer.model"
     vocabulary = read_fast_tokenizer(files["tokenizer.json"])
     if vocabulary.kind is TokenizerKind.SENTENCEPIECE:
         vocabulary = _with_scores(vocabulary, read_sentencepiece(files["tokenizer.model"]))
     return vocabulary, "tokenizer.json"
 
 
-def _rebuilt_prefix(settings: Json) -> SpacePrefix:
-    """transformers' conversion of a SentencePiece model (convert_slow_tokenizer.LlamaConverter)."""
+def _own_prefix(settings: Json) -> SpacePrefix:
+    """Where transformers' LlamaTokenizer puts a space."""
     if settings.get("add_prefix_space") is False:
         return SpacePrefix.NEVER
-    legacy = settings.get("legacy")
-    return SpacePrefix.ALWAYS if legacy is None or legacy else SpacePrefix.FIRST
+    return SpacePrefix.ALWAYS if settings.get("legacy") else SpacePrefix.FIRST
+
+
+def _scored_by_id(tokens: Mapping[int, Token]) -> dict[int, Token]:
+    return {
+        index: replace(token, score=-float(index)) if token.type is TokenType.NORMAL else token
+        for index, token in tokens.items()
+    }
 
 
 def _with_scores(vocabulary: Vocabulary, model: Vocabulary) -> Vocabulary:
-    """Scores and types of tokenizer.model, if tokenizer.json has all of its pieces at the same ids."""
+    """Scores and types of tokenizer.model, if tokenizer.json has all of its pieces at the same ids, and merges in the
+    order of these scores."""
     tokens = dict(vocabulary.tokens)
     for index, piece in model.tokens.items():
         token = tokens.get(index)
@@ -191,7 +205,9 @@ def _with_scores(vocabulary: Vocabulary, model: Vocabulary) -> Vocabulary:
             return vocabulary  # another model's, or an older one: tokenizer.json decides
         if token.type is TokenType.NORMAL:
             tokens[index] = replace(token, score=piece.score, type=piece.type)
-    return replace(vocabulary, tokens=tokens)
+    scores = {token.text: token.score for token in tokens.values()}
+    order = [scores[left + right] for left, right in vocabulary.merges]
+    return replace(vocabulary, tokens=tokens) if order == sorted(order, reverse=True) else vocabulary
 
 
 def _special_names(files: Mapping[str, Path], settings: Json, cls: str) -> dict[str, str]:
@@ -200,7 +216,7 @@ def _special_names(files: Mapping[str, Path], settings: Json, cls: str) -> dict[
     layers = {"tokenizer_config.json": settings}
     if "added_tokens_decoder" not in settings:
         layers["special_tokens_map.json"] = _read_json(files, "special_tokens_map.json")
-    names = dict(NAME_DEFAULTS.get(cls, {}))
+    names = dict(NAME_DEFAULTS.get(cls if "tokenizer.json" in files else LLAMA, {}))
     for file, layer in layers.items():
         for name in NAMES:
             if layer.get(name) not in (None, ""):
@@ -232,12 +248,23 @@ def _added_tokens(
                 added.setdefault(ids[text], token)
     # A special token that is only named is one all the same; one that exists nowhere goes to the end.
     ids |= {token.text: index for index, token in added.items()}
-    for text in names.values():
+    for text in (*names.values(), *_more_special(settings)):
         index = ids.setdefault(text, max(ids.values()) + 1)
         known = vocabulary.tokens.get(index)
         if index not in added and (known is None or known.type is TokenType.NORMAL):
             added[index] = AddedToken(text, special=True)
     return added
+
+
+def _more_special(settings: Json) -> list[str]:
+    """Special tokens without a name of their own: a list since transformers 5, names and texts before."""
+    key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"
+    where = f"tokenizer_config.json, key {key}"
+    more = settings.get(key) or []
+    if not isinstance(more, list | dict):
+        raise ModelError("malformed key", where=where, expected="a list or an object", found=type(more).__name__)
+    items = more.values() if isinstance(more, dict) else more
+    return [added_token(item, True, where).text for item in items]
 
 
 def _decoder_rows(rows: object) -> Iterator[tuple[int, AddedToken]]:
@@ -268,13 +295,12 @@ def _special_flags(files: Mapping[str, Path]) -> dict[str, AddedToken]:
 
 
 def _frame(
-    vocabulary: Vocabulary, settings: Json, cls: str, names: Mapping[str, str], where: str
+    vocabulary: Vocabulary, settings: Json, names: Mapping[str, str], where: str
 ) -> tuple[str | None, str | None]:
     """The special token put before each text, and the one put after it."""
-    if cls in FRAME_DEFAULTS:
-        add_bos, add_eos = FRAME_DEFAULTS[cls]
-        bos = names.get("bos_token") if settings.get("add_bos_token", add_bos) else None
-        eos = names.get("eos_token") if settings.get("add_eos_token", add_eos) else None
+    if where == "tokenizer.model":
+        bos = names.get("bos_token") if settings.get("add_bos_token") else None
+        eos = names.get("eos_token") if settings.get("add_eos_token") else None
         return bos, eos
     prefix, suffix = vocabulary.prefix, vocabulary.suffix
     if len(prefix) > 1 or len(suffix) > 1:

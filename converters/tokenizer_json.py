@@ -21,6 +21,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     """The tokenizers library's own, for encoding. ModelError if it refuses the file."""
     try:
         found = FastTokenizer.from_str(ensure_tokenizer_json(tokenizer))
+        found.no_padding()  # which transformers does neither unless it is asked to
+        found.no_truncation()
     except BaseException as error:  # a panic of its Rust code is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -45,29 +47,43 @@ def _has_all_bytes(model: BPE) -> bool:
 
 
 def ensure_tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The text of a tokenizer.json: the checkpoint's own if the record was read from it, otherwise one that encodes as
-    the SentencePiece model does."""
-    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE or tokenizer.merges:
-        return tokenizer.files["tokenizer.json"].read_text(encoding="utf-8")
+    """The text of a tokenizer.json: the checkpoint's own if transformers takes it as it is, otherwise one that encodes
+    as transformers does."""
+    if tokenizer.kind is TokenizerKind.BYTE_LEVEL_BPE or (tokenizer.merges and not tokenizer.remade):
+        text = tokenizer.files["tokenizer.json"].read_text(encoding="utf-8")
+        return _with_added(text, tokenizer)
     return json.dumps(_built(tokenizer), ensure_ascii=False, indent=1) + "\n"
 
 
+def _with_added(text: str, tokenizer: Tokenizer) -> str:
+    """The same file, with the tokens that the files beside it add, and the flags that they give."""
+    document = json.loads(text)
+    added = {item["id"]: item for item in document.get("added_tokens", [])}
+    ours = {
+        index: _added_token(index, token)
+        for index, token in enumerate(tokenizer.tokens)
+        if token.type in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    if all(added.get(index) == item for index, item in ours.items()):
+        return text
+    merged = sorted((added | ours).items())
+    return json.dumps(document | {"added_tokens": [item for _, item in merged]}, ensure_ascii=False, indent=1) + "\n"
+
+
 def _built(tokenizer: Tokenizer) -> dict[str, object]:
-    """The layout that transformers' own conversion has (convert_slow_tokenizer.LlamaConverter), from the record."""
+    """The layout that transformers' own conversions have (LlamaTokenizer, convert_slow_tokenizer), from the record."""
     tokens = {index: token for index, token in enumerate(tokenizer.tokens) if not is_filler(index, token)}
-    first = tokenizer.space_prefix is SpacePrefix.FIRST
+    prefix = tokenizer.space_prefix
     unknown = [token.text for token in tokens.values() if token.type is TokenType.UNKNOWN]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [_added_token(index, token) for index, token in tokens.items() if token.type in ADDED],
-        "normalizer": None if first else _normalizer(tokenizer.space_prefix),
-        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-        if first
-        else None,
+        "normalizer": None if tokenizer.metaspace else _normalizer(prefix),
+        "pre_tokenizer": _metaspace(prefix) if tokenizer.metaspace else None,
         "post_processor": _frame(tokenizer),
-        "decoder": _decoder(tokenizer.space_prefix),
+        "decoder": _decoder(prefix),
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -78,7 +94,7 @@ def _built(tokenizer: Tokenizer) -> dict[str, object]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {token.text: index for index, token in tokens.items()},
-            "merges": [list(pair) for pair in merges_of_scores(list(tokens.values()))],
+            "merges": [list(pair) for pair in tokenizer.merges or merges_of_scores(list(tokens.values()))],
         },
     }
 
@@ -113,6 +129,11 @@ def _normalizer(prefix: SpacePrefix) -> dict[str, object]:
     if prefix is SpacePrefix.NEVER:
         return replace
     return {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
+
+
+def _metaspace(prefix: SpacePrefix) -> dict[str, object]:
+    scheme = {SpacePrefix.ALWAYS: "always", SpacePrefix.FIRST: "first", SpacePrefix.NEVER: "never"}[prefix]
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
 
 
 def _decoder(prefix: SpacePrefix) -> dict[str, object]:

@@ -104,7 +104,8 @@ class Vocabulary:
     """What one vocabulary file (tokenizer.json or tokenizer.model) states. `tokens` is by id and may have gaps.
 
     `prefix` and `suffix` are the special tokens that the file itself puts around each text. `ignore_merges`: a word
-    that is in the vocabulary is one token, whatever the merges say.
+    that is in the vocabulary is one token, whatever the merges say. `metaspace`: what begins with a space gets none in
+    front.
     """
 
     kind: TokenizerKind
@@ -113,6 +114,7 @@ class Vocabulary:
     split_patterns: tuple[str, ...] = ()
     ignore_merges: bool = False
     space_prefix: SpacePrefix = SpacePrefix.NEVER
+    metaspace: bool = False
     prefix: tuple[str, ...] = ()
     suffix: tuple[str, ...] = ()
 

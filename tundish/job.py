@@ -71,6 +71,7 @@ from tundish.settle import settle_schemes
 from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
 from tundish.source_card import licence_files
+from tundish.tokenizer_trial import try_tokenizer
 from tundish.verify import verify
 from tundish.watcher import SILENT, Watcher
 from tundish.whereabouts import remember
@@ -154,6 +155,7 @@ def _plan(choices: Choices, watcher: Watcher) -> tuple[Recipe, Plan]:
     memory = CostMemory(checkpoint, choices.fresh, watcher.say)
     with fixed_blas():
         opened = open_model(source, recipe)
+        try_tokenizer(source.folder, opened.tokenizer)
         told = _tell_remarks(opened, recipe, source, choices, watcher)
         model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
     plan = make_plan(model, recipe, EXPORTERS, threads, choices.verify)
@@ -304,6 +306,7 @@ def _plan_artifacts(job: _Build) -> tuple[Model, Plan]:
     memory = CostMemory(job.sha256, job.choices.fresh, watcher.say)
     with fixed_blas():
         opened = open_model(job.source, recipe)
+        try_tokenizer(job.source.folder, opened.tokenizer)
         told = _tell_remarks(opened, recipe, job.source, job.choices, watcher)
         model, assignment = settle_schemes(opened, recipe, memory, watcher.start, watcher.advance)
     watcher.say("planning; kernels that were never used here are compiled")

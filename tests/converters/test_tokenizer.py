@@ -18,12 +18,15 @@ transformers = pytest.importorskip("transformers")
 from converters.config import ModelConfig  # noqa: E402
 from converters.errors import ModelError  # noqa: E402
 from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType, read_tokenizer  # noqa: E402
+from converters.tokenizer_json import fast_tokenizer  # noqa: E402
 from converters.vocabulary import is_filler  # noqa: E402
 from exporters.gguf.pretokenizer import identify_pre  # noqa: E402
 from tests.converters.tiny_tokenizers import (  # noqa: E402
     LLAMA3,
+    O200K,
     byte_level_bpe,
     config,
+    gate_texts,
     mistral_file,
     sentencepiece_json,
     write_byte_level,
@@ -140,6 +143,61 @@ def test_the_record_is_what_transformers_reads(write: Callable[[Path], ModelConf
     assert_like_transformers(tmp_path, record)
 
 
+def named_in_a_list(folder: Path) -> ModelConfig:
+    """Special tokens that only a list names: one of the vocabulary's, and one that is nowhere else."""
+    return write_byte_level(folder, O200K, extra_special_tokens=["<|endoftext|>", "the", "<|more|>"])
+
+
+def not_legacy(folder: Path) -> ModelConfig:
+    return write_sentencepiece(folder, legacy=False, add_bos_token=True)
+
+
+RESAVED = (
+    byte_level,
+    flags_in_settings,
+    named_in_a_list,
+    not_legacy,
+    lambda folder: write_sentencepiece(folder, phi3=True),
+    json_and_model,
+    templates,
+    template_file,
+)
+
+
+@pytest.mark.parametrize("write", RESAVED, ids=lambda case: case.__name__)
+def test_what_transformers_saves_anew_gives_the_same_record(
+    write: Callable[[Path], ModelConfig], tmp_path: Path
+) -> None:
+    model = write(tmp_path)
+    before = read_tokenizer(tmp_path, model)
+    anew = tmp_path / "anew"
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(anew)
+    shutil.copy(tmp_path / "config.json", anew)
+    after = read_tokenizer(anew, model)
+    assert_like_transformers(anew, after)
+
+    def form(record: Tokenizer) -> Tokenizer:
+        """Without what the files may say in two ways: merges or the scores that give them."""
+        tokens = tuple(replace(token, score=0.0) for token in record.tokens)
+        return replace(record, tokens=tokens, merges=(), files={})
+
+    assert form(after) == form(before)
+    one, two = fast_tokenizer(before), fast_tokenizer(after)
+    for text in gate_texts(before):
+        assert two.encode(text).ids == one.encode(text).ids, text
+
+
+def test_the_post_processor_names_bos_where_there_are_no_settings(tmp_path: Path) -> None:
+    model = replace(write_byte_level(tmp_path, LLAMA3), bos_token_id=None)
+    (tmp_path / "tokenizer_config.json").unlink()
+    edit(tmp_path / "tokenizer.json", frame_of("<|im_start|>"))
+    record = read_tokenizer(tmp_path, model)
+    assert record.add_bos
+    assert record.bos_id is not None
+    assert record.tokens[record.bos_id].text == "<|im_start|>"
+    assert sum(is_filler(index, token) for index, token in enumerate(record.tokens)) == 5  # nothing is invented
+
+
 def test_phi3_in_figures(tmp_path: Path) -> None:
     record = read_tokenizer(tmp_path, write_sentencepiece(tmp_path, phi3=True))
     assert record.kind is TokenizerKind.SENTENCEPIECE
@@ -178,7 +236,7 @@ def test_scores_of_tokenizer_json_keep_the_order_of_tokenizer_model(tmp_path: Pa
         ({"legacy": True}, SpacePrefix.ALWAYS),
         ({"legacy": False}, SpacePrefix.FIRST),
         ({"legacy": False, "add_prefix_space": False}, SpacePrefix.NEVER),
-        ({}, SpacePrefix.ALWAYS),
+        ({}, SpacePrefix.FIRST),
     ],
 )
 def test_space_prefix_of_a_model_without_tokenizer_json(
@@ -353,6 +411,8 @@ DAMAGE: list[tuple[str, dict[str, Any] | bytes, str]] = [
     ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "impossible token id"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"3": {}}}, "malformed added token"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 7}}}, "malformed added token"),
+    ("tokenizer_config.json", {"extra_special_tokens": 7}, "extra_special_tokens"),
+    ("tokenizer_config.json", {"extra_special_tokens": [7]}, "malformed added token"),
     ("tokenizer_config.json", {"chat_template": [7]}, "chat_template"),
     ("tokenizer_config.json", {"chat_template": [{}]}, "chat_template"),
     ("tokenizer_config.json", {"chat_template": {"a": 1}}, "chat_template"),

@@ -17,7 +17,8 @@ from tundish.corpus import TOKEN_CORPUS
 def test_ids_equal_sentencepiece(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(str(mistral_file("tokenizer.model.v1")))
-    fast = FastTokenizer.from_str(ensure_tokenizer_json(read_tokenizer(tmp_path, write_sentencepiece(tmp_path))))
+    record = read_tokenizer(tmp_path, write_sentencepiece(tmp_path, tokenizer_class="TokenizersBackend"))
+    fast = FastTokenizer.from_str(ensure_tokenizer_json(record))
     for text in TOKEN_CORPUS:
         if "<s>" in text or "</s>" in text or "<unk>" in text or model.normalize(text) != "▁" + text.replace(" ", "▁"):
             continue  # text that SentencePiece normalizes or takes literally, and transformers does not
@@ -28,7 +29,15 @@ def test_ids_equal_sentencepiece(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"phi3": True}, {"legacy": False}, {"legacy": False, "add_prefix_space": False}, {"add_eos_token": True}],
+    [
+        {},
+        {"phi3": True},
+        {"legacy": False},
+        {"legacy": False, "add_prefix_space": False},
+        {"add_eos_token": True},
+        {"tokenizer_class": "TokenizersBackend", "add_bos_token": True},
+        {"tokenizer_class": "TokenizersBackend", "legacy": False},
+    ],
     ids=str,
 )
 def test_ids_equal_transformers(settings: dict[str, bool], tmp_path: Path) -> None:

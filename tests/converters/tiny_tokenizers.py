@@ -96,6 +96,7 @@ def write_byte_level(
     (folder / "tokenizer.json").write_text(text)
     base = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     write_json(folder / "tokenizer_config.json", base | settings)
+    write_json(folder / "config.json", {"model_type": "llama"})
     count = Tokenizer.from_str(text).get_vocab_size()
     return config(count + 5, eos=(count - 1, count - 3))
 
@@ -137,6 +138,7 @@ def write_sentencepiece(folder: Path, phi3: bool = False, **settings: object) ->
         base |= {"added_tokens_decoder": phi3_added_tokens(), "add_bos_token": False, "eos_token": "<|endoftext|>"}
         base |= {"pad_token": "<|endoftext|>", "bos_token": "<s>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", base | settings)
+    write_json(folder / "config.json", {"model_type": "phi3" if phi3 else "llama"})
     return config(32064, (32007, 32001, 32000), "phi3", 1) if phi3 else config(32000, (2,), "llama", 1)
 
 
