@@ -18,6 +18,7 @@ from converters.errors import TundishError
 from exporters.target import Target
 from tundish import console, tables
 from tundish.console import figures_of_failed_gates, people, show, watcher
+from tundish.escapes import terminal
 from tundish.letters import use_plain_letters
 from tundish.options import (
     BuildArgument,
@@ -476,7 +477,7 @@ def collect_cache(
     from tundish.cache import collect
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr)
+        print(terminal(text), file=sys.stderr)
 
     removed, used = collect(-math.inf if everything else older_than, time.time(), say)
     document = {
