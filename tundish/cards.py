@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
 from typing import Any
+from urllib.parse import quote
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from exporters.base import Card
+from tundish.escapes import markdown
 from tundish.report import DIFFERENCE_COLUMNS, cell, difference_rows, table, weight_rows
 
 _PERPLEXITIES = ("perplexity", "reference_perplexity")
@@ -19,14 +20,16 @@ _PERPLEXITIES = ("perplexity", "reference_perplexity")
 def model_card(manifest: dict[str, Any], target: str, card: Card) -> str:
     """Of one container of a build. All of it is from the manifest, which has the figures with all their digits."""
     source, entry = manifest["source"], manifest["targets"][target]
-    name = _plain(source["name"])
-    base = f"[{source['repo_id']}](https://huggingface.co/{source['repo_id']})" if source["repo_id"] else name
-    revision = f", revision `{source['revision']}`" if source["revision"] else ""
+    name, repo_id = markdown(source["name"]), source["repo_id"]
+    base = f"[{markdown(repo_id)}](https://huggingface.co/{quote(repo_id)})" if repo_id else name
+    revision = f", revision {markdown(source['revision'])}" if source["revision"] else ""
+    made = (
+        f"{_quantization(manifest)}, by tundish {manifest['tundish']}. {_size(entry)} {entry['semantics']['sentence']}"
+    )
     parts = [
         f"---\n{_front_matter(manifest, target, card)}---",
         f"# {name} for {card.runtime}",
-        f"{base}{revision}, {_quantization(manifest)}, by tundish {manifest['tundish']}. {_size(entry)} "
-        f"{entry['semantics']['sentence']}",
+        f"{base}{revision}, {markdown(made)}",
         "## Use",
         card.usage,
         "## Weights",
@@ -42,13 +45,6 @@ def _differences(manifest: dict[str, Any], target: str) -> list[str]:
     rows = difference_rows(manifest, target)
     told = "Texts of these kinds come out otherwise than by the model's own tokenizer or chat template."
     return ["## Declared differences", told, table(DIFFERENCE_COLUMNS, rows)] if rows else []
-
-
-def _plain(text: str) -> str:
-    """Text that means nothing else in Markdown, in a line: a folder may be called anything."""
-    return re.sub(
-        r"([\\`*_\[\]<>#|])", r"\\\1", " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())
-    )
 
 
 def _front_matter(manifest: dict[str, Any], target: str, card: Card) -> str:
@@ -114,7 +110,7 @@ def _figures(verification: dict[str, Any] | None) -> str:
     gates = [
         [
             gate["name"],
-            {True: "passed", False: "**FAILED**", None: "not judged"}[gate["passed"]],
+            {True: "passed", False: "FAILED", None: "not judged"}[gate["passed"]],
             "" if gate["figure"] is None else f"{gate['figure']:.3g}",
             "" if gate["threshold"] is None else f"{gate['threshold']:g}",
             gate["detail"],
@@ -132,7 +128,7 @@ def _figures(verification: dict[str, Any] | None) -> str:
 def _divergence(figures: dict[str, Any], versions: dict[str, str]) -> str:
     runtime = ", ".join(f"{name} {number}" for name, number in versions.items())
     return (
-        f"Opened in its runtime ({runtime}) and compared with the float32 model on held-out text, "
+        f"Opened in its runtime ({markdown(runtime)}) and compared with the float32 model on held-out text, "
         f"{figures['positions']} positions:\n\n"
     ) + table(
         ["KL mean (nats)", "KL 99 %", "same first choice", "perplexity", "of the float32 model"],

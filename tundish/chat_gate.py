@@ -77,7 +77,7 @@ def judge(
             wrong.append(f"{CONVERSATIONS[index].kind}: {_difference(prompt, result)}")
         else:
             declared[name] = declared.get(name, 0) + 1
-    return Gate(CHAT_GATE, not wrong, float(len(wrong)), 0.0, _detail(expected, indices, wrong, declared))
+    return Gate(CHAT_GATE, not wrong, float(len(wrong)), 0.0, _detail(expected, indices, wrong, declared), declared)
 
 
 def _detail(

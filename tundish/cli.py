@@ -18,6 +18,7 @@ from converters.errors import TundishError
 from exporters.target import Target
 from tundish import console, tables
 from tundish.console import figures_of_failed_gates, people, show, watcher
+from tundish.escapes import terminal
 from tundish.letters import use_plain_letters
 from tundish.options import (
     BuildArgument,
@@ -35,6 +36,7 @@ from tundish.options import (
     ThreadsOption,
     VerifyOption,
     can_be_looked_at,
+    can_be_written,
 )
 from tundish.signals import ENDING, unwind_at_signals
 
@@ -145,7 +147,11 @@ def matrix(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with models and recipes: see docs/jobs.md.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Builds go to <out>/<model>/<recipe>. Default: the file's, or dist/<file>."),
+        typer.Option(
+            "--out",
+            help="Builds go to <out>/<model>/<recipe>. Default: the file's, or dist/<file>.",
+            callback=can_be_written,
+        ),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -171,12 +177,14 @@ def matrix(
     from tundish.matrix_file import load_matrix
     from tundish.observe import observing
     from tundish.signing import load_signer
+    from tundish.user_path import require_output
 
     console.if_interrupted("what was built by then is published; the same command goes on from there")
     with observing("matrix", (file.stem, ""), events, metrics) as observed:
         asked = load_matrix(file)
         nbytes = None if memory is None else parse_memory(memory)
         into = (out or asked.out or Path("dist") / require_folder_name(file.stem, str(file))).absolute()
+        require_output(into)
         options = matrices.Options(into, scheduler, nbytes, threads, fresh, load_signer(sign_key))
         with people(observed.events) as told:
             outcomes = matrices.run_matrix(asked, options, observed, told.say)
@@ -333,7 +341,10 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A folder for compare.md, and compare.svg: size against KL.")
+        Path | None,
+        typer.Option(
+            "--out", help="A folder for compare.md, and compare.svg: size against KL.", callback=can_be_written
+        ),
     ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -354,7 +365,7 @@ def compare(
 @app.command()
 def imatrix(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", callback=can_be_written)],
     model: ModelOption = None,
     form: Annotated[
         Literal["gguf", "dat"] | None,
@@ -443,7 +454,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")], as_json: JsonOption = False
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.", callback=can_be_written)],
+    as_json: JsonOption = False,
 ) -> None:
     """Write the small real sample model as a checkpoint: SmolLM2-135M-Instruct in the Phi-3 architecture."""
     from tundish.sample import write_sample
@@ -476,7 +488,7 @@ def collect_cache(
     from tundish.cache import collect
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr)
+        print(terminal(text), file=sys.stderr)
 
     removed, used = collect(-math.inf if everything else older_than, time.time(), say)
     document = {

@@ -24,6 +24,7 @@ from exporters.registry import EXPORTERS
 from tundish.child import run_child
 from tundish.disk import disk_errors, replace_files
 from tundish.divergence import Divergence
+from tundish.escapes import markdown
 from tundish.heldout import evaluation_text
 from tundish.integrity import require_intact
 from tundish.manifest_file import MANIFEST, read_manifest
@@ -374,16 +375,19 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
 def write_comparison(document: Mapping[str, Any], picture: bool) -> str:
     """compare.md."""
     source = document["source"]
-    revision = f" at {source['revision']}" if source["revision"] else ""
+    title = (source["repo_id"] or source["name"]) + (f" at {source['revision']}" if source["revision"] else "")
     header, *rows = table_rows(document)
     versions = [
-        f"- {row['artifact']}: recipe {row['recipe']}, scheme {row['scheme']}, {row['bytes']:,} bytes of files"
-        + "".join(f", {name} {number}" for name, number in row["versions"].items())
+        "- "
+        + markdown(
+            f"{row['artifact']}: recipe {row['recipe']}, scheme {row['scheme']}, {row['bytes']:,} bytes of files"
+            + "".join(f", {name} {number}" for name, number in row["versions"].items())
+        )
         for row in document["artifacts"]
     ]
-    parts = [f"# Artifacts of {source['repo_id'] or source['name']}{revision}", table(header, rows)]
+    parts = [f"# Artifacts of {markdown(title)}", table(header, rows)]
     parts += [f"![Size against KL]({PICTURE})"] if picture else []
-    return "\n\n".join([*parts, *remarks(document), "## Artifacts", "\n".join(versions)]) + "\n"
+    return "\n\n".join([*parts, *map(markdown, remarks(document)), "## Artifacts", "\n".join(versions)]) + "\n"
 
 
 def _write(document: Mapping[str, Any], out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tundish import tables
 from tundish.disk import disk_errors
+from tundish.escapes import json_line, terminal
 
 if TYPE_CHECKING:
     from tundish.events import Events
@@ -64,18 +64,18 @@ def people(events: Events | None = None) -> Iterator[Watcher]:
     if not console.is_terminal:
 
         def say(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
+            print(terminal(text), file=sys.stderr, flush=True)
 
         yield Watcher(say, lambda text, total: say(text), lambda amount: None, published)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
 
         def start(text: str, total: int) -> None:
-            progress.add_task(text, total=total)
+            progress.add_task(terminal(text), total=total)
 
         yield Watcher(
-            lambda text: progress.console.print(text, markup=False),
+            lambda text: progress.console.print(terminal(text), markup=False),
             start,
             lambda amount: progress.advance(progress.task_ids[-1], amount),
             published,
@@ -84,6 +84,6 @@ def people(events: Events | None = None) -> Iterator[Watcher]:
 
 def show(document: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a result: as JSON, or as text(document). A reader that went away (a closed pipe) is typer's to handle."""
-    said = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text(document)
+    said = json_line(document, indent=2) if as_json else terminal(text(document))
     with disk_errors(Path("standard output"), "Free space where it goes, or send it elsewhere."):
         print(said, flush=True)

@@ -112,9 +112,7 @@ def finish_replacing(files: Collection[Path], together: Path) -> None:
     """
     marks = {mark.name[1 : -len(_READY)]: mark for mark in together.glob(f".{_TOKEN}{_READY}") if _is_file(mark)}
     for path in files:
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{_TOKEN}.new"):
-            if not _is_file(temporary):
-                continue
+        for temporary in _temporaries(path):
             if temporary.name.split(".")[-2] in marks:
                 temporary.replace(path)
             else:
@@ -124,6 +122,19 @@ def finish_replacing(files: Collection[Path], together: Path) -> None:
             sync(folder)
     for mark in marks.values():
         mark.unlink()
+
+
+def drop_unready(path: Path) -> None:
+    """Remove the temporary files of a `replace_file` that was killed, and replace nothing by them.
+
+    A living one must not be at them.
+    """
+    for temporary in _temporaries(path):
+        temporary.unlink()
+
+
+def _temporaries(path: Path) -> list[Path]:
+    return [each for each in path.parent.glob(f".{glob.escape(path.name)}.{_TOKEN}.new") if _is_file(each)]
 
 
 def _mark(folder: Path, token: str) -> Path:

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import IO, Any
 
 from converters.errors import UsageError
+from tundish.escapes import json_line
 from tundish.watcher import Watcher
 
 _INTERVAL = 1.0  # seconds between two `progress` lines of a phase
@@ -148,7 +149,7 @@ def _writer(stream: IO[bytes], name: str) -> Callable[[Event], None]:
         if ended:
             return
         try:
-            line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+            line = json_line(event) + "\n"
             stream.write(line.encode("utf-8", "backslashreplace"))
             stream.flush()
         except OSError as error:

@@ -26,6 +26,7 @@ from tundish.manifest_file import (
     PROVENANCE,
     SIGNATURE,
     artifact_files,
+    drop_unfinished_signature,
     manifest_data,
     parse_manifest,
     read_manifest,
@@ -62,14 +63,19 @@ class Intact:
 
 
 @contextmanager
-def holding_intact(folder: Path, threads: int, say: Callable[[str], None], key: Path | None = None) -> Iterator[Intact]:
+def holding_intact(
+    folder: Path, threads: int, say: Callable[[str], None], key: Path | None = None, signing: bool = False
+) -> Iterator[Intact]:
     """Hold a build's folder against other commands, or wait for one that does; yields what `require_intact` finds.
 
-    What a command that was killed had left half done in it is put right before.
+    What a command that was killed had left half done in it is put right before; in a signed one only for `signing`,
+    which replaces the signature.
     """
     held = folder.resolve()
     with holding(held, say):
         restore(held, say)
+        if signing:
+            drop_unfinished_signature(held)
         yield require_intact(folder, threads, key)
 
 

@@ -72,6 +72,7 @@ from tundish.signals import deferred_signals
 from tundish.signing import Signer, load_signer
 from tundish.source_card import licence_files
 from tundish.tokenizer_trial import try_tokenizer
+from tundish.user_path import require_output
 from tundish.verify import verify
 from tundish.watcher import SILENT, Watcher
 from tundish.whereabouts import remember
@@ -189,8 +190,8 @@ def _tell_remarks(model: Model, recipe: Recipe, source: Source, choices: Choices
 
 
 def output(choices: Choices, recipe: Recipe) -> Path:
-    """The folder that a build writes. UsageError if it is to have the recipe's name, and that is no folder's."""
-    return (choices.out or Path("dist") / require_folder_name(recipe.name, choices.recipe)).absolute()
+    """The folder that a build writes. UsageError if its name, which may be the recipe's, is no folder's."""
+    return require_output((choices.out or Path("dist") / require_folder_name(recipe.name, choices.recipe)).absolute())
 
 
 @telling_lines

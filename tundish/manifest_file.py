@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from converters.errors import ModelError, UsageError
 from converters.json_file import read_small
 from exporters.base import Target
-from tundish.disk import IN_PLACE, disk_errors, finish_replacing, replace_file
+from tundish.disk import IN_PLACE, disk_errors, drop_unready, finish_replacing, replace_file
 from tundish.source_card import CARD
 
 MANIFEST = "manifest.json"
@@ -218,7 +219,19 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def finish_papers(folder: Path) -> None:
-    """Put right what a process left that was killed while it wrote a build's papers. For whoever holds the folder."""
+    """Put right what a process left that was killed while it wrote a build's papers. For whoever holds the folder.
+
+    Nothing in a signed one: papers are written where there is no signature yet, and it comes last, so whatever lies
+    beside one is somebody else's.
+    """
+    if os.path.lexists(folder / SIGNATURE):
+        return
     papers = [folder / name for name in PAPERS] + [folder / target / CARD for target in Target]
     with disk_errors(folder, IN_PLACE):
         finish_replacing(papers, folder)
+
+
+def drop_unfinished_signature(folder: Path) -> None:
+    """Remove what a process left that was killed while it replaced a signature. For whoever is about to sign."""
+    with disk_errors(folder, IN_PLACE):
+        drop_unready(folder / SIGNATURE)

@@ -9,6 +9,7 @@ import typer
 
 from converters.errors import UsageError
 from exporters.target import Target
+from tundish.user_path import require_output
 
 
 def can_be_looked_at(given: Path | list[Path]) -> Path | list[Path]:
@@ -23,11 +24,21 @@ def can_be_looked_at(given: Path | list[Path]) -> Path | list[Path]:
     return given
 
 
+def can_be_written(given: Path | str | None) -> Path | str | None:
+    """Paths that a command is to write. UsageError for what `require_output` refuses."""
+    if given is not None:
+        require_output(Path(given))
+    return given
+
+
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `tundish recipes`) or a YAML file.")]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A checkpoint folder, a Hub id, or `sample`. Default: the recipe's own.")
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="The folder to write. Default: dist/<recipe name>.", callback=can_be_written),
+]
 TargetOption = Annotated[list[Target] | None, typer.Option("--target", help="Only this container; may be repeated.")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before publishing.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads. Default: as many as cores.")]
@@ -44,11 +55,22 @@ FreshOption = Annotated[
 ]
 EventsOption = Annotated[
     str | None,
-    typer.Option("--events", metavar="FILE", help="Write progress there, a JSON object a line; - is stderr."),
+    typer.Option(
+        "--events",
+        metavar="FILE",
+        help="Write progress there, a JSON object a line; - is stderr.",
+        callback=can_be_written,
+    ),
 ]
 MetricsOption = Annotated[
     Path | None,
-    typer.Option("--metrics", metavar="FILE", envvar="TUNDISH_METRICS", help="A Prometheus textfile to write, .prom."),
+    typer.Option(
+        "--metrics",
+        metavar="FILE",
+        envvar="TUNDISH_METRICS",
+        help="A Prometheus textfile to write, .prom.",
+        callback=can_be_written,
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

@@ -68,7 +68,7 @@ def sign_folder(
     folder: Path, signer: Signer, threads: int, say: Callable[[str], None], expected: Mapping[str, Any] | None = None
 ) -> None:
     """The same with a key that was loaded. GateError too if the manifest is not the one `expected`."""
-    with holding_intact(folder, threads, say) as intact:
+    with holding_intact(folder, threads, say, signing=True) as intact:
         if expected is not None and intact.manifest != expected:
             raise GateError("another build took the place of the one to sign", where=str(folder), mend="Build again.")
         results = intact.manifest["verification"] or {}

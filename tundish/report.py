@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from tundish.escapes import markdown
 from tundish.front import front_rows, front_sentence
 
 GATE_COLUMNS = ["gate", "result", "figure", "threshold", "detail"]
@@ -17,10 +18,12 @@ def write_report(manifest: dict[str, Any]) -> str:
     source, recipe = manifest["source"], manifest["recipe"]
     revision = f" at {source['revision']}" if source["revision"] else ""
     parts = [
-        f"# {recipe['name']}: {source['name']}",
-        f"{recipe['description'].strip()}",
-        f"Source: `{source['repo_id'] or source['name']}`{revision}, licence {source['licence'] or 'not stated'}. "
-        f"Context: {manifest['context_length']} tokens. tundish {manifest['tundish']}.",
+        f"# {markdown(recipe['name'])}: {markdown(source['name'])}",
+        markdown(recipe["description"]),
+        markdown(
+            f"Source: {source['repo_id'] or source['name']}{revision}, licence {source['licence'] or 'not stated'}. "
+            f"Context: {manifest['context_length']} tokens. tundish {manifest['tundish']}."
+        ),
         "## Artifacts",
         _artifacts(manifest),
         "## Gates",
@@ -33,15 +36,15 @@ def write_report(manifest: dict[str, Any]) -> str:
         parts += ["## Notes on the model", table(["note"], [[remark] for remark in manifest["remarks"]])]
     if manifest.get("budget") is not None:
         rows = front_rows(manifest["budget"])
-        parts += ["## Budget", front_sentence(manifest["budget"]), table(rows[0], rows[1:])]
+        parts += ["## Budget", markdown(front_sentence(manifest["budget"])), table(rows[0], rows[1:])]
     return "\n\n".join(parts) + "\n"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    """A Markdown table of plain texts."""
+    cells = [[markdown(cell) for cell in line] for line in [header, *rows]]
+    lines = [cells[0], ["---"] * len(header), *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _artifacts(manifest: dict[str, Any]) -> str:
@@ -77,7 +80,7 @@ def _gates(manifest: dict[str, Any]) -> str:
         return "**Not verified**: the build ran without verification. `tundish verify` does it later."
     rows = [[target, *row] for target, result in manifest["verification"].items() for row in gate_rows(result)]
     versions = [
-        f"- {target}: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        f"- {target}: " + markdown(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
         for target, result in manifest["verification"].items()
         if result["versions"]
     ]

@@ -6,12 +6,15 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from tundish.escapes import in_a_line
+
 if TYPE_CHECKING:
     from tundish.cache import Entry
 
 
 def columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
     """Rows of cells as aligned text; the first row is the header."""
+    rows = [[in_a_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -30,6 +30,7 @@ from exporters.context import context_sentence
 from exporters.minja import OPENVINO_GENAI, chat_differences
 from exporters.openvino import examine
 from exporters.openvino.config import config_json
+from exporters.openvino.differences import tokenizer_differences
 from exporters.openvino.storage import plan_matrices
 from exporters.options import OpenvinoDevice, OpenvinoOptions
 from exporters.schemes import refuse_ggml_schemes
@@ -87,7 +88,8 @@ class OpenvinoExporter:
         return Semantics(f"{context_sentence(model)}.", model.context_length)
 
     def differences(self, model: Model, options: TargetOptions) -> tuple[Difference, ...]:
-        return chat_differences(model.tokenizer.chat_template, OPENVINO_GENAI)
+        chat = chat_differences(model.tokenizer.chat_template, OPENVINO_GENAI)
+        return (*tokenizer_differences(model.tokenizer), *chat)
 
     def read_back(self, folder: Path, model: Model) -> Iterator[tuple[str, F32]]:
         from exporters.openvino.read_back import read_matrices

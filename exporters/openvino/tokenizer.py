@@ -15,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is
 from transformers import AutoTokenizer
 
 from exporters.openvino.ir import scratch_errors
+from exporters.openvino.corrections import correct_detokenizer, correct_tokenizer
 
 TOKENIZER = "openvino_tokenizer"
 DETOKENIZER = "openvino_detokenizer"
@@ -36,6 +37,8 @@ def convert_tokenizer(files: dict[str, bytes], config: bytes) -> dict[str, bytes
         if tokenizer.is_fast:
             _keep_byte_names_apart(tokenizer.backend_tokenizer)
         models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+        correct_tokenizer(models[0], tokenizer.added_tokens_decoder.values())
+        correct_detokenizer(models[1])
         return {
             file: data
             for stem, model in zip((TOKENIZER, DETOKENIZER), models, strict=True)

@@ -524,3 +524,27 @@ def test_a_reader_that_left_is_no_crash() -> None:
         errors.seek(0)
         assert errors.read() == ""
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("odd", ["\n", "\r", "\x1b[31m", "\x7f", "\x85", "\u2028", "\udc80"])
+def test_an_output_that_breaks_lines_is_refused_first(
+    tundish: Run, gguf_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    out, absent = tmp_path / f"a{odd}b", tmp_path / "absent"
+    (tmp_path / "matrix.yaml").write_text(json.dumps({"models": ["absent/a"], "recipes": [str(gguf_recipe)]}))
+    commands = [
+        ("build", gguf_recipe, "--out", out),
+        ("plan", gguf_recipe, "--out", out),
+        ("build", gguf_recipe, "--out", absent, "--events", out),
+        ("build", gguf_recipe, "--out", absent, "--metrics", f"{out}.prom"),
+        ("imatrix", gguf_recipe, "--out", out),
+        ("compare", absent, "--out", out),
+        ("matrix", tmp_path / "matrix.yaml", "--out", out),
+        ("sample", out),
+    ]
+    for command in commands:
+        require_refusal(tundish(*command), 2, f"U+{ord(odd[0]):04X}", "no path to write to")
+    out.mkdir()
+    monkeypatch.chdir(out)
+    require_refusal(tundish("build", gguf_recipe), 2, f"U+{ord(odd[0]):04X}")
+    assert not list(out.iterdir()) and not absent.exists()

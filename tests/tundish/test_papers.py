@@ -88,6 +88,31 @@ def test_what_a_killed_verify_left_is_removed_by_whoever_holds_the_build(built: 
     require_replaceable(restored, Target)
 
 
+@pytest.mark.parametrize("planted", ["report.md", "gguf/README.md", PROVENANCE, SIGNATURE, MANIFEST])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_nothing_is_written_into_a_signed_build(built: Path, tmp_path: Path, planted: str, keyed: bool) -> None:
+    """Whoever can put files beside it could otherwise have `verify` put papers in place of those that are signed."""
+    sign_build(built, write_keys(tmp_path, "key"), 1)
+    path = built / planted
+    temporary = path.with_name(f".{path.name}.0123abcd.new")
+    temporary.write_text("planted")
+    (built / ".0123abcd.ready").touch()
+    before = contents(built)
+    with pytest.raises(GateError, match=f"files differ.*{temporary.name}"):
+        verify_command(built, key=tmp_path / "key.pub" if keyed else None, files_only=True)
+    restore(built, print)  # as a build does
+    assert contents(built) == before
+
+
+def test_signing_again_removes_what_a_killed_one_had_left(built: Path, tmp_path: Path) -> None:
+    key = write_keys(tmp_path, "key")
+    sign_build(built, key, 1)
+    before = contents(built)
+    (built / f".{SIGNATURE}.0123abcd.new").write_text("half")
+    sign_build(built, key, 1)
+    assert contents(built) == before
+
+
 def test_a_signature_that_came_during_verification_stays(
     built: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from converters.errors import ModelError
 from converters.source import Source
 from exporters.base import Model
 from tests.tundish.tiny import INT4, QUIET, write_recipe
+from tundish.escapes import markdown
 from tundish.job import Choices, build, plan_job
 from tundish.model import open_model
 from tundish.recipe import load_recipe
@@ -97,7 +98,7 @@ def test_notes_reach_terminal_plan_and_manifest(folder: Path, tmp_path: Path) ->
     assert "'_unsloth', 'my_note'" in remark
     manifest = build(choices, watcher)
     assert manifest["remarks"] == [remark]
-    assert f"| {remark} |" in write_report(manifest)
+    assert f"| {markdown(remark)} |" in write_report(manifest)
     assert said.count(f"note: {remark}") == 2
 
 

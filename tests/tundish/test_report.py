@@ -51,7 +51,7 @@ def test_verified() -> None:
     )
     lines = report.splitlines()
     assert lines[0] == "# a-recipe: tiny"
-    assert "Source: `owner/tiny` at abc, licence not stated. Context: 8 tokens. tundish 1.2.3." in lines
+    assert "Source: owner/tiny at abc, licence not stated. Context: 8 tokens. tundish 1.2.3." in lines
     row = "| gguf | 2.5 MB | FAILED | 0.125000 | 1.5000 | 75.0 % | 20.500 (19.250) | The context is 8 tokens. |"
     assert row in lines
     assert "| mlx | 2.5 MB | not verified | – | – | – | – | The context is 8 tokens. |" in lines

@@ -198,7 +198,7 @@ def test_a_space_at_the_start_only_cannot_be_said(tmp_path: Path) -> None:
     assert any("space in front" in each.sentence for each in tokenizer_differences(tokenizer))
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     llama = open_vocab(tmp_path, tokenizer)
-    chat = "<s>[INST] Hello there [/INST] Hi!</s>[INST]  Bye [/INST]"
+    chat = "<s>[INST] Hello there [/INST] Hi!</s>[INST] Bye [/INST]"
     assert llama.encode(chat, special=False) == reference(chat, add_special_tokens=False)["input_ids"]
     assert llama.encode("Hello", special=False) != reference("Hello", add_special_tokens=False)["input_ids"]
 

@@ -140,7 +140,7 @@ def test_the_card_shows_how_to_ask(tmp_path: Path) -> None:
     code = EXPORTER.card.usage.removeprefix("```python\n").removesuffix("```")
     said = subprocess.run([sys.executable, "-c", code], cwd=artifact, capture_output=True, text=True, check=True).stdout
     answer = EXPORTER.open(artifact, OnnxOptions()).answer("User: What is the capital of France?\nBot:", 100)
-    assert said.removesuffix("\n") == answer.text and len(said) > 20
+    assert said.removesuffix("\n") == answer.text != ""
 
 
 @pytest.mark.parametrize("which", [0, 1])
