@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is as intended
 from transformers import AutoTokenizer
 
-from exporters.openvino.ir import scratch_errors
 from exporters.openvino.corrections import correct_detokenizer, correct_tokenizer
+from exporters.openvino.ir import scratch_errors
 
 TOKENIZER = "openvino_tokenizer"
 DETOKENIZER = "openvino_detokenizer"
