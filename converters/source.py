@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.checkpoint import open_checkpoint
@@ -17,7 +17,6 @@ from converters.file_digest import Digests, digesting, sha256_of
 CONFIG = "config.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 FOLDER_RULE = "A name is a folder if there is one; otherwise owner/name is a Hub id and anything else a path."
 
 
@@ -26,12 +25,28 @@ Stamp = Mapping[str, tuple[int, int, int, int]]  # by which a file is seen to ha
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint on disk. `name` is a title for people; models of the Hub have `repo_id` and a commit `revision`."""
+    """A checkpoint on disk. `name` is a title for people; models of the Hub have `repo_id` and a commit `revision`.
+
+    `announced`: SHA-256 in hex, by name, of files whose digests are known of who served them.
+    """
 
     name: str
     folder: Path
     repo_id: str | None = None
     revision: str | None = None
+    announced: Mapping[str, str] = field(default_factory=dict)
+
+    def require_announced(self, found: Mapping[str, str]) -> None:
+        """ModelError that names a file whose SHA-256, in hex, is another than was announced."""
+        for name, expected in self.announced.items():
+            if found.get(name, expected) != expected:
+                raise ModelError(
+                    "a file is not what the Hub announced",
+                    where=str(self.folder / name),
+                    expected=f"SHA-256 {expected}",
+                    found=found[name],
+                    mend="It is damaged, or was changed: remove it, and what it is a link to, and download again.",
+                )
 
 
 def resolve_source(model: str, revision: str | None = None) -> Source:
@@ -153,9 +168,6 @@ def _changed(where: str) -> ModelError:
 
 
 def _local(path: Path) -> Source:
+    """Who made it is not told by a path, which anybody may choose."""
     folder = path.resolve()
-    cached = _CACHED.fullmatch("/".join(folder.parts[-3:]))
-    if cached:  # a snapshot in the Hub's cache: its own name is a commit
-        repo_id = f"{cached['owner']}/{cached['name']}"
-        return Source(cached["name"], folder, repo_id, cached["commit"])
     return Source(folder.name, folder)

@@ -55,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         if found := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
+        elif found := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(found[1], found[2])
         elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[2], found[3], body=body)
         else:
@@ -75,6 +77,11 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in repo.files]
             info = {"id": repo_id, "modelId": repo_id, "sha": repo.commit, "siblings": siblings, "tags": []}
             self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body=True)
+
+    def _tree(self, repo_id: str, revision: str) -> None:
+        if repo := self._repo(repo_id, revision):
+            files = [{"type": "file", "path": name, **_entry(data)} for name, data in repo.files.items()]
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(files).encode(), body=True)
 
     def _file(self, repo_id: str, revision: str, name: str, *, body: bool) -> None:
         repo = self._repo(repo_id, revision)
@@ -113,6 +120,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data if cut is None else data[:cut])
         if body and cut is not None and cut < len(data):
             self.close_connection = True
+
+
+def _entry(data: bytes) -> dict[str, object]:
+    """What the Hub lists of a file beside its name: here all go by LFS, whose digest is a SHA-256."""
+    lfs = {"size": len(data), "oid": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+    return {"size": len(data), "oid": "0" * 40, "lfs": lfs}
 
 
 @contextmanager

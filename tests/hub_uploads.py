@@ -83,7 +83,7 @@ class UploadHandler(Handler):
         status = 409 if repo_id in self.hub.repos else 200
         if status == 200:
             self.hub.repos[repo_id] = Repo({".gitattributes": b"lfs"}, commit="0" * 40)
-            self.hub.private[repo_id] = asked["private"]
+            self.hub.private[repo_id] = asked["visibility"] == "private"
         self._json({"url": f"{self.hub.url}/{repo_id}"}, status)
 
     def _preupload(self, body: bytes, repo_id: str) -> None:

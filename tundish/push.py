@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.errors import GateError, ResourceError, TundishError, UsageError
+from converters.errors import GateError, ResourceError, TundishError, UnreachableError, UsageError
 from exporters.target import Target
 from tundish.integrity import Intact, holding_intact
 from tundish.manifest_file import PROVENANCE, SIGNATURE
@@ -177,13 +177,13 @@ def _same(operation: Any, info: Any) -> bool:
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What huggingface_hub raises, as an error that a user can mend. It never shows a token."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from converters.hub import FAILURES
 
     try:
         yield
     except TundishError:
         raise
-    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+    except (*FAILURES, RuntimeError, ValueError) as error:
         raise _explain(error, repo) from error
 
 
@@ -194,6 +194,8 @@ def _explain(error: Exception, repo: str) -> TundishError:
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # of one of the uploads
         cause = cause.__cause__
+    if isinstance(cause, TundishError):
+        return cause
     found = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     found = re.sub(r"\?\S+", "", found)  # addresses of uploads have keys behind them
     if token := get_token():
@@ -210,7 +212,7 @@ def _explain(error: Exception, repo: str) -> TundishError:
         )
     if status is not None:
         return ResourceError("the Hub refused the push", where=repo, found=found, mend="Push again; it goes on.")
-    return ResourceError(
+    return UnreachableError(
         "the push broke off",
         where=f"{repo} on {constants.ENDPOINT}",
         found=found,
