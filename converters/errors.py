@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from converters.mask import masked
+
 
 class TundishError(Exception):
     """Base of every error that reaches a user as one readable paragraph.
 
-    `exit_status` is part of the command-line contract: 2 usage or recipe, 3 model, 4 gate, 5 disk or memory.
+    `exit_status` is part of the command-line contract: 2 usage or recipe, 3 model, 4 gate, 5 disk or memory, 6 out of
+    reach.
     """
 
     exit_status = 1
@@ -27,7 +30,7 @@ class TundishError(Exception):
         if found is not None:
             parts.append(f"found {found}")
         sentence = "; ".join(parts).rstrip(".") + "."
-        super().__init__(_in_a_line(f"{sentence} {mend}" if mend else sentence))
+        super().__init__(masked(_in_a_line(f"{sentence} {mend}" if mend else sentence)))
 
 
 def _in_a_line(text: str) -> str:
@@ -61,3 +64,9 @@ class ResourceError(TundishError):
     """Not enough disk or memory, or the output cannot be written."""
 
     exit_status = 5
+
+
+class UnreachableError(TundishError):
+    """A server could not be reached, or does not answer as one should."""
+
+    exit_status = 6

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from httpx2 import HTTPError
+import httpx2
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,7 +18,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from converters.errors import ModelError, ResourceError, TundishError, UsageError
+from converters.errors import ModelError, ResourceError, TundishError, UnreachableError, UsageError
+from converters.hub_client import use_bounded_client
+from converters.hub_digests import announced_digests
+from converters.mask import masked
 from converters.other_formats import refuse_other_formats
 from converters.source import CONFIG, FOLDER_RULE, Source
 
@@ -28,7 +31,7 @@ UNWANTED = ["*/*", "consolidated*"]  # consolidated*.safetensors: Mistral's seco
 
 _ENDPOINT = re.compile(r"https?://[^/\s]")
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([\w ]+)")  # as Python words it, within what others made of it
-FAILURES = (HTTPError, HFValidationError, OSError)  # what huggingface_hub raises, and HTTPX under it
+FAILURES = (HfHubHTTPError, HFValidationError, OSError, httpx2.HTTPError, UnreachableError)  # of huggingface_hub
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
@@ -36,12 +39,30 @@ def download(repo_id: str, revision: str | None) -> Source:
     """config.json is fetched last: a snapshot that has one is whole, also when there is no Hub to compare it with."""
     require_endpoint()
 
-    def fetch(commit: str | None, wanted: list[str], unwanted: list[str]) -> Path:
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted))
+    def fetch(commit: str | None, wanted: list[str], unwanted: list[str], cached: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=commit,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                local_files_only=cached,
+            )
+        )
+
+    def fetch_all(cached: bool) -> Path:
+        folder = fetch(revision, WANTED, [*UNWANTED, CONFIG], cached)
+        fetch(folder.name, [CONFIG], [], cached)
+        return folder
 
     try:
-        folder = fetch(revision, WANTED, [*UNWANTED, CONFIG])
-        fetch(folder.name, [CONFIG], [])
+        try:
+            folder = fetch_all(cached=False)
+        except UnreachableError as unreachable:
+            try:
+                folder = fetch_all(cached=True)
+            except LocalEntryNotFoundError:
+                raise unreachable from None
     except FAILURES as error:
         raise explain(error, repo_id, revision) from error
     if not (folder / CONFIG).exists():
@@ -51,17 +72,18 @@ def download(repo_id: str, revision: str | None) -> Source:
             where=f"{repo_id}, {folder}",
             mend="Run again with the Hub in reach: the download continues where it stopped.",
         )
-    return Source(repo_id.split("/")[1], folder, repo_id, folder.name)
+    return Source(repo_id.split("/")[1], folder, repo_id, folder.name, announced_digests(folder))
 
 
 def require_endpoint() -> None:
-    """UsageError if huggingface_hub would be asked to use an address that is none."""
+    """UsageError if huggingface_hub would be asked to use an address that is none. And bounds for what is asked."""
+    use_bounded_client()
     if not constants.HF_HUB_OFFLINE and not _ENDPOINT.match(constants.ENDPOINT):
         raise UsageError(
             "the Hub's address is invalid",
             where="HF_ENDPOINT",
             expected="http:// or https:// and a host",
-            found=repr(constants.ENDPOINT),
+            found=repr(masked(constants.ENDPOINT)),
             mend="Unset HF_ENDPOINT for huggingface.co, or set it to the address of a mirror.",
         )
 
@@ -71,6 +93,8 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
 
     ModelError for a model. A dataset is a recipe's text like a file of the user's: UsageError.
     """
+    if isinstance(error, UnreachableError):
+        return error
     is_model = kind == "model"  # only a model's id could have meant a folder
     page = f"{constants.ENDPOINT}/{'' if is_model else 'datasets/'}{repo_id}"
     neither, rule = ("no such folder, and ", f"{FOLDER_RULE} ") if is_model else ("", "")
@@ -81,7 +105,7 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
             found=error.strerror,
             mend="Free some space, or set HF_HOME to a folder with enough of it.",
         )
-    rows: list[tuple[type[Exception], str, Callable[[], str]]] = [
+    rows: list[tuple[type[Exception] | tuple[type[Exception], ...], str, Callable[[], str]]] = [
         (
             GatedRepoError,
             f"{kind} is gated on the Hub",
@@ -100,11 +124,12 @@ def explain(error: Exception, repo_id: str, revision: str | None, kind: str = "m
         (LocalEntryNotFoundError, f"{neither}the {kind} is not in the Hub's cache", lambda: _out_of_reach(kind)),
         (HFValidationError, f"{neither}no valid Hub id", lambda: FOLDER_RULE if is_model else "Ids are owner/name."),
         (HfHubHTTPError, f"the Hub refused to serve the {kind}", lambda: "Try again later, or check HF_TOKEN."),
-        (HTTPError, "download broke off", lambda: "Run again: it continues where it stopped."),
-        (OSError, "download broke off", lambda: "Run again: it continues where it stopped."),
+        ((OSError, httpx2.HTTPError), "download broke off", lambda: "Run again: it continues where it stopped."),
     ]
     what, mend = next((what, mend) for failure, what, mend in rows if isinstance(error, failure))
-    kind_of_error = ModelError if is_model else UsageError
+    kind_of_error: type[TundishError] = ModelError if is_model else UsageError
+    if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, (HfHubHTTPError, HFValidationError)):
+        kind_of_error = kind_of_error if constants.HF_HUB_OFFLINE else UnreachableError
     return kind_of_error(what, where=repo_id, found=_reason(error), mend=mend())
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from httpx2 import HTTPError
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from converters.dataset import SUFFIXES, Dataset
-from converters.errors import UsageError
+from converters.errors import UnreachableError, UsageError
 from converters.hub import FAILURES, explain, require_endpoint
 
 ABOUT = ("readme", "license", "dataset_info", "dataset_infos", "state")  # stems of files about a dataset
@@ -59,7 +59,7 @@ def _names(repo_id: str, folder: Path) -> list[str]:
         info = HfApi().dataset_info(repo_id, revision=folder.name)
     except HfHubHTTPError:
         raise
-    except (HTTPError, OSError):  # out of reach
+    except (OSError, httpx2.HTTPError, UnreachableError):  # out of reach
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [sibling.rfilename for sibling in info.siblings or []]
 

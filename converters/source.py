@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.checkpoint import open_checkpoint
@@ -26,12 +26,28 @@ Stamp = Mapping[str, tuple[int, int, int, int]]  # by which a file is seen to ha
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint on disk. `name` is a title for people; models of the Hub have `repo_id` and a commit `revision`."""
+    """A checkpoint on disk. `name` is a title for people; models of the Hub have `repo_id` and a commit `revision`.
+
+    `announced`: SHA-256 in hex, by name, of files whose digests are known of who served them.
+    """
 
     name: str
     folder: Path
     repo_id: str | None = None
     revision: str | None = None
+    announced: Mapping[str, str] = field(default_factory=dict)
+
+    def require_announced(self, found: Mapping[str, str]) -> None:
+        """ModelError that names a file whose SHA-256, in hex, is another than was announced."""
+        for name, expected in self.announced.items():
+            if found.get(name, expected) != expected:
+                raise ModelError(
+                    "a file is not what the Hub announced",
+                    where=str(self.folder / name),
+                    expected=f"SHA-256 {expected}",
+                    found=found[name],
+                    mend="It is damaged, or was changed: remove it, and what it is a link to, and download again.",
+                )
 
 
 def resolve_source(model: str, revision: str | None = None) -> Source:

@@ -80,11 +80,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _tree(self, repo_id: str, revision: str) -> None:
         if repo := self._repo(repo_id, revision):
-            rows = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in repo.files.items()
-            ]
-            self._send(200, {"Content-Type": "application/json"}, json.dumps(rows).encode(), body=True)
+            files = [{"type": "file", "path": name, **_entry(data)} for name, data in repo.files.items()]
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(files).encode(), body=True)
 
     def _file(self, repo_id: str, revision: str, name: str, *, body: bool) -> None:
         repo = self._repo(repo_id, revision)
@@ -123,6 +120,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data if cut is None else data[:cut])
         if body and cut is not None and cut < len(data):
             self.close_connection = True
+
+
+def _entry(data: bytes) -> dict[str, object]:
+    """What the Hub lists of a file beside its name: here all go by LFS, whose digest is a SHA-256."""
+    lfs = {"size": len(data), "oid": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+    return {"size": len(data), "oid": "0" * 40, "lfs": lfs}
 
 
 @contextmanager

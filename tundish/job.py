@@ -237,7 +237,9 @@ class _Build:
     def sha256(self) -> dict[str, str]:
         """Of the source's files, by name; waits for them."""
         found = self.digests.result()
-        return {name: found[path] for name, path in self.files.items()}
+        named = {name: found[path] for name, path in self.files.items()}
+        self.source.require_announced(named)
+        return named
 
     def knows_source(self) -> bool:
         """Whether the digests are there, of files that are still the same."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.errors import GateError, ResourceError, TundishError, UsageError
+from converters.errors import GateError, ResourceError, TundishError, UnreachableError, UsageError
 from exporters.target import Target
 from tundish.expectations import told
 from tundish.integrity import Intact, holding_intact
@@ -154,6 +154,14 @@ def _stale(api: Any, repo: str, head: Any, folder: str) -> set[str]:
         there = _infos(api, repo, head.sha, sorted(names.keys() & present))
         if any(info.lfs is not None and info.lfs.sha256 == names[name] for name, info in there.items()):
             ours |= names.keys()
+    print(
+        "DBG",
+        ours,
+        present,
+        {k: (v.lfs and v.lfs.sha256) for k, v in there.items()},
+        earlier,
+        file=__import__("sys").stderr,
+    )
     return ours & present
 
 
@@ -178,14 +186,13 @@ def _same(operation: Any, info: Any) -> bool:
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What huggingface_hub raises, as an error that a user can mend. It never shows a token."""
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import HFValidationError
+    from converters.hub import FAILURES
 
     try:
         yield
     except TundishError:
         raise
-    except (HTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+    except (*FAILURES, RuntimeError, ValueError) as error:
         raise _explain(error, repo) from error
 
 
@@ -196,6 +203,8 @@ def _explain(error: Exception, repo: str) -> TundishError:
     cause: BaseException = error
     while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # of one of the uploads
         cause = cause.__cause__
+    if isinstance(cause, TundishError):
+        return cause
     found = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     found = re.sub(r"\?\S+", "", found)  # addresses of uploads have keys behind them
     if token := get_token():
@@ -212,7 +221,7 @@ def _explain(error: Exception, repo: str) -> TundishError:
         )
     if status is not None:
         return ResourceError("the Hub refused the push", where=repo, found=found, mend="Push again; it goes on.")
-    return ResourceError(
+    return UnreachableError(
         "the push broke off",
         where=f"{repo} on {constants.ENDPOINT}",
         found=found,

@@ -118,5 +118,5 @@ def test_offline_and_not_cached(tmp_path: Path) -> None:
 def test_out_of_reach_is_told_in_words(tmp_path: Path) -> None:
     assert find(tmp_path, "http://127.0.0.1:9", REPO_ID) == (
         f"the dataset is not in the Hub's cache ({REPO_ID}); found Connection refused. http://127.0.0.1:9 does not "
-        "answer: check the connection and HF_ENDPOINT, or give a text of your own. Exit status 2."
+        "answer: check the connection and HF_ENDPOINT, or give a text of your own. Exit status 6."
     )

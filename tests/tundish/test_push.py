@@ -111,7 +111,7 @@ def test_one_container(hub: UploadHub, verified: Path, poured: Path, tmp_path: P
     del manifest["targets"]["gguf"]["files"]["Modelfile"]
     write_papers(some, manifest, None)
     ended = push(hub, some, f"hf://{REPO}", "--target", "gguf")
-    assert ended.status == 0 and ended.out["removed"] == ["Modelfile"]
+    assert ended.status == 0 and ended.out["removed"] == ["Modelfile"], ended.err
     assert hub.repos[REPO].files.keys() == (names - {"Modelfile"}) | {".gitattributes", "photo.png"}
 
 
@@ -192,4 +192,4 @@ def test_refusals_are_told(hub: UploadHub, verified: Path) -> None:
     assert ended.status == 5 and "not everything arrived" in ended.err and "Modelfile" in ended.err
     nobody = UploadHub({}, url="http://127.0.0.1:9")
     ended = push(nobody, verified, f"hf://{REPO}", "--target", "gguf")
-    assert ended.status == 5 and "the push broke off" in ended.err
+    assert ended.status == 6 and "the push broke off" in ended.err
