@@ -17,7 +17,7 @@ from converters.file_digest import Digests, digesting, sha256_of
 CONFIG = "config.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
+_CACHED = re.compile(r"models--.+?--(?P<name>.+)/snapshots/[0-9a-f]{40}")
 FOLDER_RULE = "A name is a folder if there is one; otherwise owner/name is a Hub id and anything else a path."
 
 
@@ -153,9 +153,8 @@ def _changed(where: str) -> ModelError:
 
 
 def _local(path: Path) -> Source:
+    """A folder is what is in it: anybody can lay out one as the Hub's cache does, which gives a title and proves no
+    more than that."""
     folder = path.resolve()
-    cached = _CACHED.fullmatch("/".join(folder.parts[-3:]))
-    if cached:  # a snapshot in the Hub's cache: its own name is a commit
-        repo_id = f"{cached['owner']}/{cached['name']}"
-        return Source(cached["name"], folder, repo_id, cached["commit"])
-    return Source(folder.name, folder)
+    cached = _CACHED.fullmatch("/".join(folder.parts[-3:]))  # a snapshot's own name is a commit
+    return Source(cached["name"] if cached else folder.name, folder)

@@ -242,6 +242,7 @@ def _added_tokens(
         flags = _special_flags(files)
         for text, index in _read_json(files, "added_tokens.json").items():
             new = flags.get(text) or added_token(text, text in names.values(), "added_tokens.json")
+            new = replace(new, normalized=new.normalized or not new.special)  # as transformers takes this old file
             added[checked_id(index, f"added_tokens.json, token {text!r}")] = new
         for text, token in flags.items():
             if text in ids and vocabulary.tokens[ids[text]].type not in (TokenType.CONTROL, TokenType.USER_DEFINED):

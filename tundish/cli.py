@@ -253,6 +253,14 @@ def verify(
     ] = None,
     threads: ThreadsOption = None,
     key: KeyOption = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expect",
+            metavar="NAME=VALUE",
+            help="Only this build will do: recipe=, model= or commit=; may be repeated.",
+        ),
+    ] = None,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check digests and signature, and open no artifact.")
     ] = False,
@@ -262,19 +270,23 @@ def verify(
 ) -> None:
     """Check the files of an earlier build and its signature, open the artifacts in their runtimes and measure again."""
     from tundish import recheck
+    from tundish.expectations import parse_expectations, require_expected, told
     from tundish.integrity import holding_intact
     from tundish.observe import artifact_titles, observing
     from tundish.processors import cores
 
+    expected = parse_expectations(expect or ())
     titles = artifact_titles(folder)
     with figures_of_failed_gates(as_json), observing("verify", titles, events, metrics) as observed:
         with watcher(observed.events) as watching:
             if files_only:
                 with holding_intact(folder, threads or cores(), watching.say, key) as intact:
-                    watching.say(f"files: as they were built; the figures are the build's. {intact.signature.value}")
+                    watching.say(told(intact))
+                    require_expected(folder, intact.manifest, expected)
+                    watching.say("files: as they were built; the figures are the build's")
                     manifest = observed.manifest = intact.manifest
             else:
-                manifest = observed.manifest = recheck.verify_again(folder, model, threads, watching, key)
+                manifest = observed.manifest = recheck.verify_again(folder, model, threads, watching, key, expected)
         show(manifest, as_json, tables.summary_text)
 
 

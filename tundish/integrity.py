@@ -34,7 +34,7 @@ from tundish.manifest_file import (
 from tundish.provenance import statement_bytes, subjects
 from tundish.publish import files_in, restore
 from tundish.results import meets, verdict
-from tundish.signing import require_envelope, signed_statement
+from tundish.signing import key_id, require_envelope, signed_statement
 
 _SHOWN = 5
 _MAX_SEAL = 1 << 25  # bytes of a provenance or a signature, which has all of it in base64: twice the most of a manifest
@@ -53,13 +53,15 @@ class Signature(Enum):
 class Intact:
     """A folder whose files all are as they were built: what was read of them, whatever becomes of them.
 
-    `digests`: SHA-256 in hex of each file, by name; `statement`: the bytes of the provenance.
+    `digests`: SHA-256 in hex of each file, by name; `statement`: the bytes of the provenance; `key_id`: of the
+    key that signed it, if that was checked.
     """
 
     manifest: dict[str, Any]
     signature: Signature
     digests: Mapping[str, str]
     statement: bytes
+    key_id: str | None = None
 
 
 @contextmanager
@@ -111,8 +113,9 @@ def require_intact(folder: Path, threads: int, key: Path | None = None) -> Intac
     if key is None:
         _require(folder, _disagreeing(found, manifest, provenance))
     _require_consistent(folder, manifest)
-    unsigned = Signature.UNCHECKED if SIGNATURE in seals else Signature.NONE
-    return Intact(manifest, unsigned if key is None else Signature.VALID, found, provenance)
+    if key is not None:
+        return Intact(manifest, Signature.VALID, found, provenance, key_id(key))
+    return Intact(manifest, Signature.UNCHECKED if SIGNATURE in seals else Signature.NONE, found, provenance)
 
 
 def _seal(path: Path) -> bytes:

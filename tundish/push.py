@@ -13,6 +13,7 @@ from typing import Any
 
 from converters.errors import GateError, ResourceError, TundishError, UsageError
 from exporters.target import Target
+from tundish.expectations import told
 from tundish.integrity import Intact, holding_intact
 from tundish.manifest_file import PROVENANCE, SIGNATURE
 from tundish.processors import cores
@@ -44,7 +45,7 @@ def push(asked: Push, watcher: Watcher) -> dict[str, Any]:
     """
     repo, folder = _destination(asked.destination)
     with holding_intact(asked.folder, asked.threads or cores(), watcher.say, asked.key) as intact:
-        watcher.say(intact.signature.value)
+        watcher.say(told(intact))
         _require_passed(intact.manifest, asked)
         return _push(asked, intact, repo, folder, watcher)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from converters.source import (
 )
 from exporters.base import Target
 from exporters.registry import EXPORTERS
+from tundish.expectations import NOTHING, require_expected, told
 from tundish.gates import FailedGatesError, failed_gates, record_results
 from tundish.integrity import Intact, Signature, holding_intact
 from tundish.manifest import verification_record
@@ -34,20 +36,26 @@ from tundish.whereabouts import recall
 
 
 def verify_again(
-    folder: Path, model: str | None, threads: int | None, watcher: Watcher, key: Path | None = None
+    folder: Path,
+    model: str | None,
+    threads: int | None,
+    watcher: Watcher,
+    key: Path | None = None,
+    expected: Mapping[str, str] = NOTHING,
 ) -> dict[str, Any]:
-    """Check a published folder: its files' digests, the signature if there is a public key in the file `key`, then
-    every gate anew.
+    """Check a published folder: its files' digests, the signature if there is a public key in the file `key`,
+    whether it is the build that is `expected`, then every gate anew.
 
     Updates its manifest, report and cards, unless it is signed: what somebody put a name to stays as it is.
     """
     count = threads or cores()
     with holding_intact(folder, count, watcher.say, key) as intact:
+        watcher.say(told(intact))
+        require_expected(folder, intact.manifest, expected)
         return _verify_again(folder, intact, model, count, watcher)
 
 
 def _verify_again(folder: Path, intact: Intact, model: str | None, count: int, watcher: Watcher) -> dict[str, Any]:
-    watcher.say(intact.signature.value)
     manifest = intact.manifest
     recipe = recorded_recipe(manifest, folder)
     source, stamp = recorded_source(manifest["source"], model, count)

@@ -18,7 +18,7 @@ from tundish.manifest_file import SIGNATURE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
-    from securesystemslib.signer import CryptoSigner
+    from securesystemslib.signer import CryptoSigner, SSlibKey
 
 KEY_VARIABLE = "TUNDISH_SIGNING_KEY"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -69,16 +69,11 @@ def signed_statement(envelope: bytes, public_key: Path) -> bytes:
     as damage, even of what a signature does not cover: names, spaces, the unused bits of base64.
     """
     require_envelope(envelope)
-    _require_library()
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    trusted = _trusted(public_key)
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError
-    from securesystemslib.signer import SSlibKey
 
-    key = _public_key(_read(public_key), str(public_key))
-    if not isinstance(key, Ed25519PublicKey):
-        raise _no_key(str(public_key), "another kind of key", _MAKE_PUBLIC)
-    parsed, trusted = Envelope.from_dict(json.loads(envelope)), SSlibKey.from_crypto(key)
+    parsed = Envelope.from_dict(json.loads(envelope))
     try:
         parsed.verify([trusted], threshold=1)
     except VerificationError as error:
@@ -92,6 +87,22 @@ def signed_statement(envelope: bytes, public_key: Path) -> bytes:
         ) from error
     payload: bytes = parsed.payload
     return payload
+
+
+def key_id(public_key: Path) -> str:
+    """What signatures call the key in a PEM file. UsageError for a key that is none."""
+    return str(_trusted(public_key).keyid)
+
+
+def _trusted(public_key: Path) -> SSlibKey:
+    _require_library()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from securesystemslib.signer import SSlibKey
+
+    key = _public_key(_read(public_key), str(public_key))
+    if not isinstance(key, Ed25519PublicKey):
+        raise _no_key(str(public_key), "another kind of key", _MAKE_PUBLIC)
+    return SSlibKey.from_crypto(key)
 
 
 def require_envelope(envelope: bytes) -> None:

@@ -9,7 +9,9 @@ float32. A single row goes through mx.quantized_matmul itself, in float32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +24,8 @@ from numba import njit
 from converters.quantize.tensor import F32, U8
 
 _BLOCK = 1 << 25  # numbers of a matrix in float32 at a time
+_THREADS = os.cpu_count() or 1
+_POOL = ThreadPoolExecutor(_THREADS)
 
 
 class FastLinear(Linear):
@@ -61,9 +65,15 @@ def compute_by_numpy(model: Module) -> None:
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, bits: int) -> F32:
     """f32[out, in] of MLX's affine codes of 4 or 8 bits, the numbers that mx.dequantize has in float32."""
-    codes = np.array(weight, copy=False).view(np.uint8)
+    codes, scale, bias = np.array(weight, copy=False).view(np.uint8), _float32(scales), _float32(biases)
     values = np.empty((codes.shape[0], codes.shape[1] * 8 // bits), np.float32)
-    _dequantize(codes, _float32(scales), _float32(biases), bits, values)
+    step = -(-len(codes) // _THREADS)
+
+    def part(start: int) -> None:
+        rows = slice(start, start + step)
+        _dequantize(codes[rows], scale[rows], bias[rows], bits, values[rows])
+
+    list(_POOL.map(part, range(0, len(codes), step)))
     return values
 
 

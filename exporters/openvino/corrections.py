@@ -15,11 +15,6 @@ from tokenizers import AddedToken
 SPACE = "\u2581"
 # White_Space of Unicode, which the tokenizers library strips; PCRE2's \s has U+180E besides.
 BLANKS = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
-# \w of Rust's regex: Alphabetic, marks, decimal digits, connectors, joiners. PCRE2's is letters, numbers and _.
-WORD = (
-    r"[\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}"
-    "\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
-)
 BYTE_NAME = re.compile(rb"<0x([0-9A-F]{2})>")
 DIGITS_AND_WORDS = RegexSplitStep.byte_level_splitter(individual_digits=True).split_pattern
 
@@ -54,8 +49,7 @@ def correct_detokenizer(model: ov.Model) -> None:
 
 def _finds(token: AddedToken) -> str:
     """Finds an added token in text that is not normalized; the token itself is the group."""
-    text = f"({re.escape(token.content)})" + f"(?!{WORD})" * token.single_word
-    return BLANKS * token.lstrip + text + BLANKS * token.rstrip
+    return BLANKS * token.lstrip + f"({re.escape(token.content)})" + BLANKS * token.rstrip
 
 
 def _change(model: ov.Model, kind: str, place: int, change: Callable[[str], str]) -> None:

@@ -1,7 +1,7 @@
 """The kinds of text whose tokens in OpenVINO are not the model's, whatever the tokenizer's models say.
 
-openvino-tokenizers' SpecialTokensSplit finds added tokens in the text as it stands, with one regex that sees nothing
-of what is in front of a match.
+openvino-tokenizers finds added tokens in the text as it stands, before it is normalized (SpecialTokensSplit), and again
+in what is left of it, whatever surrounds them (BPETokenizer, before it merges).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from converters.tokenizer import Tokenizer, TokenizerKind, TokenType
 from converters.tokenizer_json import ensure_tokenizer_json
 from exporters.base import Difference
 
+# \w of Rust's regex, by which the tokenizers library tells words.
 WORD = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
 ADDED = frozenset((TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))
 
@@ -24,8 +25,8 @@ def tokenizer_differences(tokenizer: Tokenizer) -> tuple[Difference, ...]:
     found: list[Difference] = []
     words = [token.text for token in added if token.single_word]
     if words:
-        sentence = f"After a letter, {_some(words)} is text in the model and a token in OpenVINO."
-        found.append(Difference("token within a word", sentence, "encoding", _follows_a_word(words)))
+        sentence = f"Within a word, {_some(words)} is text in the model and a token in OpenVINO."
+        found.append(Difference("token within a word", sentence, "encoding", _touches_a_word(words)))
     normalized = [token.text for token in added if token.normalized]
     prepends = '"Prepend"' in ensure_tokenizer_json(tokenizer)
     if normalized and tokenizer.kind is TokenizerKind.SENTENCEPIECE and prepends:
@@ -41,9 +42,16 @@ def _has(texts: list[str]) -> Callable[[str], bool]:
     return lambda text: compiled.search(text) is not None
 
 
-def _follows_a_word(texts: list[str]) -> Callable[[str], bool]:
+def _touches_a_word(texts: list[str]) -> Callable[[str], bool]:
     compiled = re.compile(_any(texts))
-    return lambda text: any(_in_a_word(text[found.start() - 1 : found.start()]) for found in compiled.finditer(text))
+
+    def applies(text: str) -> bool:
+        beside = (
+            (text[found.start() - 1 : found.start()], text[found.end() :][:1]) for found in compiled.finditer(text)
+        )
+        return any(_in_a_word(letter) for letters in beside for letter in letters)
+
+    return applies
 
 
 def _in_a_word(letter: str) -> bool:

@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is as intended
 from transformers import AutoTokenizer
 
-from exporters.openvino.ir import scratch_errors
+from converters.errors import ModelError
 from exporters.openvino.corrections import correct_detokenizer, correct_tokenizer
+from exporters.openvino.ir import scratch_errors
 
 TOKENIZER = "openvino_tokenizer"
 DETOKENIZER = "openvino_detokenizer"
@@ -33,17 +34,32 @@ def convert_tokenizer(files: dict[str, bytes], config: bytes) -> dict[str, bytes
         with scratch_errors(_WRITTEN):
             for file, data in (files | {"config.json": config}).items():
                 (folder / file).write_bytes(data)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if tokenizer.is_fast:
-            _keep_byte_names_apart(tokenizer.backend_tokenizer)
-        models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
-        correct_tokenizer(models[0], tokenizer.added_tokens_decoder.values())
-        correct_detokenizer(models[1])
+        models = _convert(folder)
         return {
             file: data
             for stem, model in zip((TOKENIZER, DETOKENIZER), models, strict=True)
             for file, data in _serialize(model, stem, folder).items()
         }
+
+
+def _convert(folder: Path) -> tuple[ov.Model, ov.Model]:
+    """The two models of the tokenizer in a folder; what goes wrong in the libraries that read it is its fault."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if tokenizer.is_fast:
+            _keep_byte_names_apart(tokenizer.backend_tokenizer)
+        encoder, decoder = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ModelError(
+            "the tokenizer cannot be made into OpenVINO models",
+            where="target openvino, the tokenizer's files",
+            expected="a tokenizer that transformers opens and openvino-tokenizers converts",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            mend="Leave openvino out of the targets, or take a checkpoint that the two libraries know.",
+        ) from error
+    correct_tokenizer(encoder, tokenizer.added_tokens_decoder.values())
+    correct_detokenizer(decoder)
+    return encoder, decoder
 
 
 def _keep_byte_names_apart(backend: Tokenizer) -> None:

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from converters.config import ModelConfig  # noqa: E402
 from converters.errors import ModelError  # noqa: E402
-from converters.tokenizer import SpacePrefix, Tokenizer, TokenizerKind, TokenType, read_tokenizer  # noqa: E402
+from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType, read_tokenizer  # noqa: E402
 from converters.tokenizer_json import fast_tokenizer  # noqa: E402
 from converters.vocabulary import is_filler  # noqa: E402
 from exporters.gguf.pretokenizer import identify_pre  # noqa: E402
@@ -41,19 +41,22 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(root))
 
 
+def flags(token: Token | AddedToken) -> tuple[bool, ...]:
+    return token.lstrip, token.rstrip, token.single_word, token.normalized
+
+
 def assert_like_transformers(folder: Path, record: Tokenizer) -> None:
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     rows = {index: token for index, token in enumerate(record.tokens) if not is_filler(index, token)}
     assert sorted(rows) == sorted(reference.get_vocab().values())
     assert [token.text for token in rows.values()] == reference.convert_ids_to_tokens(list(rows))
     added = {
-        index: (token.text, token.type is not TokenType.USER_DEFINED, token.lstrip, token.rstrip)
+        index: (token.text, token.type is not TokenType.USER_DEFINED, *flags(token))
         for index, token in rows.items()
         if token.type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
     }
     assert added == {
-        index: (token.content, token.special, token.lstrip, token.rstrip)
-        for index, token in reference.added_tokens_decoder.items()
+        index: (token.content, token.special, *flags(token)) for index, token in reference.added_tokens_decoder.items()
     }
     frame = [record.bos_id] * record.add_bos + [record.eos_ids[0]] * record.add_eos
     assert reference("")["input_ids"] == frame
@@ -104,6 +107,13 @@ def class_by_family(folder: Path) -> ModelConfig:
     return model
 
 
+def another_family(folder: Path) -> ModelConfig:
+    """A family for which transformers does not believe the class that is stated."""
+    model = write_sentencepiece(folder, legacy=False, add_bos_token=True)
+    write_json(folder / "config.json", {"model_type": "mistral"})
+    return replace(model, family="mistral")
+
+
 def json_and_model(folder: Path) -> ModelConfig:
     model = write_sentencepiece(folder, legacy=False)
     (folder / "tokenizer.json").write_text(sentencepiece_json())
@@ -129,6 +139,7 @@ CASES = (
     old_layout,
     named_only,
     class_by_family,
+    another_family,
     json_and_model,
     templates,
     template_file,

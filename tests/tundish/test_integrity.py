@@ -32,10 +32,11 @@ from converters.file_digest import sha256_of
 from tests.tundish.keys import PKCS8, write_keys
 from tundish import chat_renderer, matrix_worker
 from tundish.child import run_child
+from tundish.cli import verify
 from tundish.integrity import Signature, require_intact
 from tundish.manifest_file import MANIFEST, PROVENANCE, SIGNATURE, read_manifest
 from tundish.papers import sign_build, write_papers
-from tundish.signing import KEY_VARIABLE, load_signer
+from tundish.signing import KEY_VARIABLE, key_id, load_signer
 
 
 @pytest.fixture
@@ -346,3 +347,37 @@ def test_nothing_says_where_it_was_built(poured: Path, checkpoint: Path) -> None
             data = path.read_bytes()
             for folder in (checkpoint.parent, poured.parent, Path.home(), Path(__file__).resolve().parents[2]):
                 assert str(folder).encode() not in data, path
+
+
+def test_another_build_of_the_same_key_is_not_the_one_that_was_expected(
+    signed: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was put under this one's name: nothing of it is changed, and it is signed."""
+    other = tmp_path / "other"
+    shutil.copytree(signed, other)
+    manifest = read_manifest(other)
+    manifest["source"] |= {"name": "tiny", "repo_id": "acme/tiny", "revision": "b" * 40}
+    write_papers(other, manifest, load_signer(key))
+    shutil.rmtree(signed)
+    other.rename(signed)
+    sound = [
+        "recipe=int4",
+        f"recipe={manifest['recipe_digest']}",
+        "model=acme/tiny",
+        "model=tiny",
+        f"commit={'b' * 40}",
+    ]
+    for expected in sound:
+        verify(signed, key=public(key), expect=[expected], files_only=True)
+        said = capsys.readouterr().err
+        assert f"recipe int4, model acme/tiny, commit {'b' * 40}; signature: valid, by the key " in said
+        assert key_id(public(key)) in said
+    for expected in ("recipe=int8", "model=acme/other", "model=evil/tiny", f"commit={'a' * 40}"):
+        for files_only in (True, False):
+            with pytest.raises(GateError, match=f"another build.*expected {expected}; found"):
+                verify(signed, key=public(key), expect=[expected], files_only=files_only)
+    with pytest.raises(GateError, match="expected model=evil/tiny; found"):
+        verify(signed, key=public(key), expect=["recipe=int4", "model=evil/tiny"], files_only=True)
+    for nonsense in (["recipe"], ["recipe="], ["size=1"], ["recipe=int4", "recipe=int4"]):
+        with pytest.raises(UsageError, match="nothing to expect"):
+            verify(signed, expect=nonsense, files_only=True)

@@ -36,7 +36,7 @@ def split_by(regex: str, count: int = 1) -> Change:
 
 
 def padded_to(length: int) -> Change:
-    padding = {"strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": None}
+    padding: dict[str, Any] = {"strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": None}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
     return lambda root: root.update(padding=padding)
 

@@ -106,10 +106,14 @@ def llama3(folder: Path) -> ModelConfig:
 
 
 def phi4(folder: Path) -> ModelConfig:
-    """cl100k's regex the way Phi-4's file writes it: what matches is kept, merges are heeded."""
+    """cl100k's regex the way Phi-4's file writes it: what matches is kept, merges are heeded.
+
+    transformers 5 takes tokenizer.json as it is because of the model_type, in spite of the class.
+    """
     model = write_byte_level(folder, LLAMA3, tokenizer_class="GPT2Tokenizer")
     root = json.loads((folder / "tokenizer.json").read_text())
     root["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    (folder / "config.json").write_text('{"model_type": "phi3"}')
     root["model"]["merges"] = [" ".join(pair) for pair in root["model"]["merges"]]
     (folder / "tokenizer.json").write_text(json.dumps(root))
     return model
@@ -136,8 +140,11 @@ def test_ids_equal_transformers(case: str, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path / "model", model)
     keys = {entry.key: entry.value for entry in tokenizer_metadata(tokenizer)}
     assert keys["tokenizer.ggml.pre"] == pre
-    assert [each for each in tokenizer_differences(tokenizer) if each.of == "encoding"] == []
-    assert differing(tmp_path / "model", tmp_path, model, "Phi-3.5-mini") == []
+    declared = [each for each in tokenizer_differences(tokenizer) if each.of == "encoding"]
+    texts = differing(tmp_path / "model", tmp_path, model, "Phi-3.5-mini")
+    assert [text for text in texts if not any(each.applies(text) for each in declared)] == []
+    everywhere = any(each.name == "first space" for each in declared)
+    assert len(texts) < len(gate_texts(tokenizer)) / 4 or everywhere, "so few that ordinary text is equal"
 
 
 @pytest.mark.slow
