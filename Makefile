@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPES := $(sort $(basename $(notdir $(wildcard recipes/*.yaml))))
+OPTIMUM := .venv-optimum
 PACKAGES := converters exporters tundish
 
 # What a recipe's target takes; reaches the shell through the environment, so spaces and quotes need no care there.
@@ -11,7 +12,7 @@ export MODEL OUT THREADS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all fuzz bench bench-memory bench-peers check format lock schema wheel clean $(RECIPES)
+.PHONY: help setup test test-all test-optimum fuzz bench bench-memory bench-peers check format lock schema wheel clean $(RECIPES)
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -37,6 +38,10 @@ test: $(VENV)/.test-ready ## Run the fast tests; ARGS= goes to pytest
 
 test-all: $(VENV)/.test-ready ## Run all tests, also the slow ones and those that need the network
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-optimum: $(VENV)/.test-ready $(OPTIMUM)/.ready ## Open an OpenVINO artifact in optimum-intel, which gets an environment of its own
+	$(BIN)/python -m tests.exporters.openvino.optimum_artifact build/optimum
+	$(OPTIMUM)/bin/python -m tests.exporters.openvino.optimum_opens build/optimum
 
 # atheris has wheels for Linux on x86 alone; elsewhere inputs are drawn without its guidance.
 PARSERS ?= $(shell $(BIN)/python -c 'from tests.fuzz.parsers import PARSERS; print(*PARSERS)')
@@ -93,6 +98,11 @@ $(VENV)/.test-ready: $(VENV)/.build-ready
 	$(INSTALL) --quiet --no-build-isolation -e '.[all,dev]'
 	@touch $@
 
+$(OPTIMUM)/.ready: tests/exporters/openvino/optimum.lock
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --only-binary :all: -c $< 'optimum-intel[openvino]'
+	@touch $@
+
 lock: ## Write requirements.lock anew, with the newest versions that pyproject.toml admits
 	rm -rf build
 	$(PYTHON) -m venv build/lock
@@ -113,5 +123,5 @@ wheel: $(VENV)/.build-ready ## Build the wheel into dist/
 	rm -rf build
 
 clean: ## Remove .venv, caches and build leftovers; dist/ stays
-	rm -rf $(VENV) build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(OPTIMUM) build .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find $(PACKAGES) recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -250,7 +250,7 @@ def test_make_help_lists_every_recipe_and_target() -> None:
     listed = dict(re.findall(r"^  (\S+) +(\S.*)$", make("help"), re.MULTILINE))
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     targets = {"setup", "test", "test-all", "bench", "bench-memory", "bench-peers", "check", "format", "lock"}
-    targets |= {"fuzz", "schema", "wheel", "clean", "help"}
+    targets |= {"fuzz", "test-optimum", "schema", "wheel", "clean", "help"}
     assert recipes and set(listed) == recipes | targets
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 genai = pytest.importorskip("openvino_genai")
@@ -14,11 +13,10 @@ from converters.chat import render_chat  # noqa: E402
 from converters.errors import UsageError  # noqa: E402
 from converters.role import Role  # noqa: E402
 from exporters.openvino.exporter import EXPORTER  # noqa: E402
-from exporters.openvino.runtime import EXACT  # noqa: E402
 from exporters.options import OpenvinoDevice, OpenvinoOptions  # noqa: E402
 from tests.converters.tiny_models import ORIGINAL_CONTEXT, VARIANTS  # noqa: E402
 from tests.exporters.openvino.artifacts import write_artifact  # noqa: E402
-from tests.exporters.oracle import random_ids, reference_logits  # noqa: E402
+from tests.exporters.oracle import reference_logits  # noqa: E402
 from tests.exporters.tiny_checkpoints import make_model  # noqa: E402
 
 NPU = OpenvinoOptions(devices=(OpenvinoDevice.CPU, OpenvinoDevice.NPU))
@@ -105,18 +103,6 @@ def test_transformers_reads_config_json_as_the_same_model(name, tmp_path):
     original = model.graph.config.rope.original_context
     rope = replace(again.rope, original_context=original).for_context(model.context_length)
     assert replace(again, rope=rope) == model.graph.config
-
-
-def test_optimum_intel_opens_the_folder(tmp_path):
-    optimum = pytest.importorskip("optimum.intel")
-    import torch
-
-    model = make_model("phi3_medium_gqa", tmp_path, "int4_g32")
-    folder = write_artifact(model, tmp_path)
-    loaded = optimum.OVModelForCausalLM.from_pretrained(folder, ov_config=dict(EXACT))
-    ids = random_ids(model.graph, 15)
-    logits = loaded(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 15, dtype=torch.int64)).logits
-    assert np.abs(logits.numpy()[0] - reference_logits(model.graph, ids)).max() < 1e-3
 
 
 @pytest.mark.parametrize(("context", "words"), [(ORIGINAL_CONTEXT, "short factors apply"), (128, "long factors apply")])
