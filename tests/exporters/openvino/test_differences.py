@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ DECLARED = {
 QUICK = {"phi3 with two more": 10, "mistral v0.3": 10, "llama2 with flags": 10, "smollm": 10}
 
 
-def open_converted(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> object:
+def open_converted(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> Any:
     model = make_model("llama2", folder)
     model = replace(model, graph=replace(model.graph, config=config), tokenizer=tokenizer)
     files = tokenizer_files(model)
