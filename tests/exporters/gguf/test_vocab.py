@@ -76,7 +76,7 @@ def llama2_json_only(folder: Path) -> ModelConfig:
     """No tokenizer.model: the scores come from the merges."""
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(sentencepiece_json())
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizerFast"})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"})
     return config(32000, (2,), bos=1)
 
 
@@ -107,7 +107,8 @@ def llama3(folder: Path) -> ModelConfig:
 
 def phi4(folder: Path) -> ModelConfig:
     """cl100k's regex the way Phi-4's file writes it: what matches is kept, merges are heeded."""
-    model = write_byte_level(folder, LLAMA3, tokenizer_class="GPT2Tokenizer")
+    model = replace(write_byte_level(folder, LLAMA3, tokenizer_class="GPT2Tokenizer"), family="phi3")
+    write_json(folder / "config.json", {"model_type": "phi3"})
     root = json.loads((folder / "tokenizer.json").read_text())
     root["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
     root["model"]["merges"] = [" ".join(pair) for pair in root["model"]["merges"]]
@@ -116,7 +117,7 @@ def phi4(folder: Path) -> ModelConfig:
 
 
 EQUAL: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
-    "llama2": (write_sentencepiece, "default"),
+    "llama2": (lambda folder: write_sentencepiece(folder, tokenizer_class="TokenizersBackend"), "default"),
     "llama2, tokenizer.json only": (llama2_json_only, "default"),
     "no space prefix": (no_space_prefix, "default"),
     "phi3": (phi3, "default"),
@@ -136,7 +137,8 @@ def test_ids_equal_transformers(case: str, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path / "model", model)
     keys = {entry.key: entry.value for entry in tokenizer_metadata(tokenizer)}
     assert keys["tokenizer.ggml.pre"] == pre
-    assert [each for each in tokenizer_differences(tokenizer) if each.of == "encoding"] == []
+    declared = {each.name for each in tokenizer_differences(tokenizer) if each.of == "encoding"}
+    assert declared <= {"other white space after a token"}  # which these texts do not have
     assert differing(tmp_path / "model", tmp_path, model, "Phi-3.5-mini") == []
 
 
