@@ -207,7 +207,7 @@ def _space_prefix(
             doubles = True
         else:
             raise unsupported("normalizer", json.dumps(step, ensure_ascii=False), where)
-    metaspace = False
+    prepends, metaspace = prefix is SpacePrefix.ALWAYS, False
     for step in pre_tokenizers:
         if step["type"] != "Metaspace" or step["replacement"] != SPACE:
             raise unsupported("pre-tokenizer", step["type"], where)
@@ -217,8 +217,10 @@ def _space_prefix(
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
         if doubles and scheme != "always":
             raise unsupported("normalizer", f"a first space twice, and Metaspace {scheme}", where)
-        prefix = {"always": SpacePrefix.ALWAYS, "first": SpacePrefix.FIRST, "never": SpacePrefix.NEVER}[scheme]
-        replaces, metaspace = True, not doubles
+        replaces = True
+        if not prepends:  # else it finds a space in front already
+            prefix = {"always": SpacePrefix.ALWAYS, "first": SpacePrefix.FIRST, "never": SpacePrefix.NEVER}[scheme]
+            metaspace = not doubles
     if not replaces:
         raise unsupported("normalizer", f"spaces that do not become {SPACE}", where)
     return prefix, metaspace

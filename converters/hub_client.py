@@ -139,7 +139,9 @@ def _require_digests(response: httpx2.Response) -> None:
         return  # huggingface_hub says what it misses
     for entry in answer if isinstance(answer, list) else [answer]:
         for part in (entry, entry.get("lfs")) if isinstance(entry, dict) else ():
-            for key in _DIGESTS if isinstance(part, dict) else ():
+            if not isinstance(part, dict):
+                continue
+            for key in _DIGESTS:
                 value = part.get(key)
                 if value is not None and not (isinstance(value, str) and _DIGEST.fullmatch(value)):
                     raise _hostile(str(url), key, value)

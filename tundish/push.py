@@ -154,14 +154,7 @@ def _stale(api: Any, repo: str, head: Any, folder: str) -> set[str]:
         there = _infos(api, repo, head.sha, sorted(names.keys() & present))
         if any(info.lfs is not None and info.lfs.sha256 == names[name] for name, info in there.items()):
             ours |= names.keys()
-    print(
-        "DBG",
-        ours,
-        present,
-        {k: (v.lfs and v.lfs.sha256) for k, v in there.items()},
-        earlier,
-        file=__import__("sys").stderr,
-    )
+    print()
     return ours & present
 
 

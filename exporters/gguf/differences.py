@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from unicodedata import category
 
-from converters.json_file import read_json
 from converters.tokenizer import SpacePrefix, Token, Tokenizer, TokenizerKind, TokenType
 from converters.tokenizer_json import ensure_tokenizer_json
 from exporters.base import Difference
@@ -104,16 +103,9 @@ def _spaces(tokenizer: Tokenizer, added: list[Token]) -> Iterator[Difference]:
     elif prefix is SpacePrefix.NEVER and '"Strip"' in file:
         sentence = "The model's decoder leaves out a space at the start of a text; llama.cpp prints it."
         yield Difference("first space, printed", sentence, "decoding", _finds(rf"\A{unprinted}*[ {SPACE}]"))
-    elif prefix is SpacePrefix.ALWAYS and ('"Metaspace"' in file or _is_legacy_llama(tokenizer)):
+    elif prefix is SpacePrefix.ALWAYS and tokenizer.metaspace:
         sentence = "Before a text or a part of it that begins with a space, the model adds none; llama.cpp adds one."
         yield Difference("space before a space", sentence, "encoding", _finds(rf"(?:\A|{after})[ {SPACE}]"))
-
-
-def _is_legacy_llama(tokenizer: Tokenizer) -> bool:
-    """Whether transformers takes its own Metaspace, whatever tokenizer.json has."""
-    path = tokenizer.files.get("tokenizer_config.json")
-    settings = {} if path is None else read_json(path)
-    return bool(settings.get("legacy")) and str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, row: PreTokenizerRow, added: list[Token]) -> Iterator[Difference]:

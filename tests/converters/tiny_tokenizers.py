@@ -146,7 +146,8 @@ def write_sentencepiece(folder: Path, phi3: bool = False, **settings: object) ->
 def sentencepiece_json(prepend: bool = True) -> str:
     """tokenizer.json as transformers saves it for tokenizer.model.v1: BPE with byte fallback, spaces by normalizers."""
     with TemporaryDirectory() as name:
-        record = read_tokenizer(Path(name), write_sentencepiece(Path(name), add_bos_token=True))
+        as_it_is = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
+        record = read_tokenizer(Path(name), write_sentencepiece(Path(name), **as_it_is))
         backend = Tokenizer.from_str(ensure_tokenizer_json(record))
     replaced = normalizers.Replace(" ", "\u2581")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replaced]) if prepend else replaced
