@@ -8,6 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -146,7 +147,7 @@ def write_sentencepiece(folder: Path, phi3: bool = False, **settings: object) ->
 def sentencepiece_json(prepend: bool = True) -> str:
     """tokenizer.json as transformers saves it for tokenizer.model.v1: BPE with byte fallback, spaces by normalizers."""
     with TemporaryDirectory() as name:
-        as_it_is = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
+        as_it_is: dict[str, Any] = {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}
         record = read_tokenizer(Path(name), write_sentencepiece(Path(name), **as_it_is))
         backend = Tokenizer.from_str(ensure_tokenizer_json(record))
     replaced = normalizers.Replace(" ", "\u2581")

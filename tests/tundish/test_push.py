@@ -38,7 +38,9 @@ class Ended:
 
 
 @pytest.fixture
-def hub() -> Iterator[UploadHub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    """An empty one. Its commits have the ids of other tests': what was downloaded is kept apart."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     hub = UploadHub({})
     with serve(hub, UploadHandler):
         yield hub
