@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from converters.errors import TundishError
+from converters.errors import ResourceError, TundishError
 from exporters.target import Target
 from tundish import console, tables
 from tundish.console import figures_of_failed_gates, people, show, watcher
@@ -38,6 +38,7 @@ from tundish.options import (
     can_be_looked_at,
     can_be_written,
 )
+from tundish.shortage import is_out_of_memory
 from tundish.signals import ENDING, unwind_at_signals
 
 
@@ -93,6 +94,12 @@ def main() -> None:
     except TundishError as error:
         print(f"tundish: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except (MemoryError, OSError, ImportError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = ResourceError("out of memory", found=str(error) or None, mend="Allow more: see `tundish plan`.")
+        print(f"tundish: {told}", file=sys.stderr)
+        sys.exit(told.exit_status)
     except SystemExit as ending:
         if ending.code in [128 + number for number in ENDING]:
             print(f"tundish: interrupted; {console.state}.", file=sys.stderr)

@@ -13,7 +13,8 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
-from converters.errors import UsageError
+from converters.errors import ResourceError, UsageError
+from converters.mask import masked
 from tundish.escapes import json_line
 from tundish.watcher import Watcher
 
@@ -102,12 +103,12 @@ def written(file: str | None) -> Iterator[Events]:
     """Events that go to a file, a line each, or to standard error if it is `-`; nowhere if there is none.
 
     UsageError for a file that is neither empty nor of earlier events. One that cannot be written to any more ends the
-    lines, not the command.
+    lines, not the command: ResourceError says so when that is done.
     """
     if file is None:
         yield Events(lambda event: None)
     elif file == STANDARD_ERROR:
-        yield Events(_writer(sys.stderr.buffer, "standard error"), alone=True)
+        yield Events(_writer(sys.stderr.buffer, "standard error", []), alone=True)
     else:
         try:
             _require_own(Path(file))
@@ -115,8 +116,16 @@ def written(file: str | None) -> Iterator[Events]:
         except OSError as error:
             what = f"cannot write events: {error.strerror}"
             raise UsageError(what, where=file, mend="Choose another --events.") from error
+        failures: list[OSError] = []
         with stream:
-            yield Events(_writer(stream, file))
+            yield Events(_writer(stream, file, failures))
+        if failures:
+            raise ResourceError(
+                "not all events could be written",
+                where=file,
+                found=failures[0].strerror,
+                mend="What the command did is done. Choose another --events.",
+            )
 
 
 def _require_own(path: Path) -> None:
@@ -141,19 +150,18 @@ def _is_event(line: bytes) -> bool:
     return isinstance(event, dict) and {"event", "time"} <= event.keys()
 
 
-def _writer(stream: IO[bytes], name: str) -> Callable[[Event], None]:
-    ended = False
+def _writer(stream: IO[bytes], name: str, failures: list[OSError]) -> Callable[[Event], None]:
+    """The first failure ends the lines, and is kept."""
 
     def take(event: Event) -> None:
-        nonlocal ended
-        if ended:
+        if failures:
             return
         try:
-            line = json_line(event) + "\n"
+            line = masked(json_line(event)) + "\n"
             stream.write(line.encode("utf-8", "backslashreplace"))
             stream.flush()
         except OSError as error:
-            ended = True
+            failures.append(error)
             print(f"warning: no more events: {name}: {error.strerror}", file=sys.stderr)
 
     return take

@@ -126,8 +126,8 @@ def test_progress_once_a_second_and_at_the_end(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_reader_of_events_that_leaves_ends_no_build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with written("/dev/full") as events:
-        events.emit("message", message="a")
+    with pytest.raises(ResourceError, match="not all events"), written("/dev/full") as events:
+        events.emit("message", message="a, at https://me:secret@host/")
         events.emit("message", message="b")
     assert capfd.readouterr().err.count("no more events: /dev/full") == 1
     with pytest.raises(UsageError, match="cannot write events"), written(str(tmp_path)):
