@@ -21,9 +21,9 @@ from huggingface_hub.utils import _http, logging
 from converters.errors import ModelError, UnreachableError
 from converters.mask import masked
 
-_NAME = re.compile(r'(?:W/)?"?[A-Za-z0-9][A-Za-z0-9._-]*"?')  # an ETag becomes the name of a file in the cache
+_NAME = re.compile(r'(?:W/)?"?[A-Za-z0-9][A-Za-z0-9._-]*"?')
 _DIGEST = re.compile(r"[0-9a-f]{40,64}")
-_NAMES = ("etag", "x-linked-etag", "x-repo-commit", "x-xet-hash")
+_NAMES = (("x-linked-etag", "etag"), ("x-repo-commit",), ("x-xet-hash",))  # of each, the first that is there
 _DIGESTS = ("sha", "oid", "xetHash")  # in answers about repositories: names of files in the cache, too
 _AGAIN = 100  # times that one address is asked for without its body, or one page of a list: less than any loop
 _ANSWER_BYTES = 1 << 28  # of what is no file
@@ -122,10 +122,13 @@ class _Bounded(httpx2.SyncByteStream):
 
 
 def _require_names(response: httpx2.Response) -> None:
-    for header in _NAMES:
-        value = response.headers.get(header)
-        if value is not None and not _NAME.fullmatch(value):
-            raise _hostile(str(response.request.url), header, value)
+    """Of the answer that huggingface_hub takes the names of files in its cache from; other ETags are any text."""
+    if response.request.method != "HEAD":
+        return
+    for headers in _NAMES:
+        header = next((header for header in headers if response.headers.get(header)), None)
+        if header is not None and not _NAME.fullmatch(response.headers[header]):
+            raise _hostile(str(response.request.url), header, response.headers[header])
 
 
 def _require_digests(response: httpx2.Response) -> None:

@@ -20,7 +20,9 @@ def announced_digests(folder: Path) -> dict[str, str]:
     """
     digests = {}
     for path in sorted(folder.iterdir()):
-        name = path.resolve().name
+        if not path.is_symlink():
+            continue
+        name = path.readlink().name  # of the blob, which may be a link too: to one that repositories share
         if _SHA256.fullmatch(name):
             digests[path.name] = name
         elif _SHA1.fullmatch(name) and path.stat().st_size <= _SMALL:

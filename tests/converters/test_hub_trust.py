@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 
 from converters.errors import ModelError
 from converters.hub_digests import announced_digests
@@ -46,6 +47,20 @@ def test_a_commit_that_is_none(tmp_path: Path) -> None:
     with serve(Hub({REPO_ID: Repo(dict(FILES), commit="../../escaped")})) as running:
         assert "answer names no digest" in refuse(REPO_ID, tmp_path / "a" / "home", running.url)
     assert not list(tmp_path.rglob("*escaped*"))
+
+
+class WebServer(Handler):
+    """Has an ETag of its own for what names no file: base64, as Express writes it."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        super().send_header(keyword, value)
+        if keyword == "Content-Length" and not (self.command == "HEAD" and "/resolve/" in self.path):
+            super().send_header("ETag", 'W/"1f-Ab/c+d="')
+
+
+def test_an_etag_that_names_no_file(tmp_path: Path) -> None:
+    with serve(hub(), WebServer) as running:
+        assert resolve(REPO_ID, tmp_path, running.url)[3] == COMMIT
 
 
 class Circle(Handler):
@@ -139,6 +154,20 @@ def test_a_bit_flipped_in_the_cache(tmp_path: Path) -> None:
         Source("tiny-model", damaged, announced=announced).require_announced(source_digest(damaged))
     with pytest.raises(ModelError, match=r"not what the Hub announced .*config\.json"):
         announced_digests(snapshot(tmp_path / "c", {"config.json": (git, config + b" ")}))
+
+
+def test_a_blob_that_repositories_share(tmp_path: Path) -> None:
+    """huggingface_hub puts a link in its place, to a file that has the hash of its Xet storage for a name."""
+    weights = FILES["model.safetensors"]
+    digest = hashlib.sha256(weights).hexdigest()
+    folder = snapshot(tmp_path, {"model.safetensors": (digest, weights)})
+    blob = folder.parents[1] / "blobs" / digest
+    shared = publish_blob_to_shared_store(
+        blob_path=str(blob), xet_hash="ab" * 32, cache_dir=str(tmp_path), expected_size=len(weights)
+    )
+    assert shared
+    assert (folder / "model.safetensors").resolve().name == "ab" * 32
+    assert announced_digests(folder) == {"model.safetensors": digest}
 
 
 class OtherBytes(Handler):
