@@ -154,7 +154,6 @@ def _stale(api: Any, repo: str, head: Any, folder: str) -> set[str]:
         there = _infos(api, repo, head.sha, sorted(names.keys() & present))
         if any(info.lfs is not None and info.lfs.sha256 == names[name] for name, info in there.items()):
             ours |= names.keys()
-    print()
     return ours & present
 
 

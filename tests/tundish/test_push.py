@@ -77,6 +77,7 @@ def start(hub: UploadHub, *arguments: object, token: str = TOKEN) -> subprocess.
 def push(hub: UploadHub, *arguments: object, token: str = TOKEN) -> Ended:
     process = start(hub, *arguments, token=token)
     out, err = process.communicate(timeout=120)
+    assert not out or out.startswith("{"), out
     assert TOKEN not in out + err and token not in err and "Traceback" not in err, err
     return Ended(process.returncode, json.loads(out) if out else {}, err)
 
