@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import GateError, ResourceError, TundishError, UnreachableError, UsageError
+from converters.mask import masked
 from exporters.target import Target
 from tundish.expectations import told
 from tundish.integrity import Intact, holding_intact
@@ -90,7 +91,7 @@ def _push(asked: Push, intact: Intact, repo: str, folder: str, watcher: Watcher)
     return {
         "repo": repo,
         "commit": commit.oid,
-        "url": f"{api.endpoint}/{repo}/tree/main/{folder}".rstrip("/"),
+        "url": masked(f"{api.endpoint}/{repo}/tree/main/{folder}".rstrip("/")),
         "files": list(additions),
         "removed": sorted(stale),
     }
