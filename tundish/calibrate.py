@@ -219,35 +219,23 @@ def calibrate(
     text or an importance matrix.
     """
     with blaming_weights(model.graph):
-        return _calibrate(model, recipe, text, keep, say, start, advance)
-
-
-def _calibrate(
-    model: Model,
-    recipe: Recipe,
-    text: CalibrationText | None,
-    keep: Keep,
-    say: Callable[[str], None],
-    start: Callable[[str, int], None],
-    advance: Callable[[int], None],
-) -> Calibrated:
-    calibration, read = recipe.calibration, reading(model, recipe)
-    rounding = quantize_hqq if recipe.settled_method is Method.HQQ else quantize_rtn
-    if not is_calibrated(model.graph, recipe):
-        return Calibrated(model.graph, rounding=rounding)
-    if text is not None:
-        findings = keep(partial(_read_text, model, recipe, text, say, start, advance))
-        graph = fold_scales(model.graph, findings.scales) if findings.scales else model.graph
-        record = _text_record(recipe, text, findings)
-        return Calibrated(graph, findings.importance, findings.codes, record, rounding, findings.scales)
-    match calibration.source:
-        case CalibrationSource.IMATRIX:
-            return replace(_calibrate_by_matrix(model, Path(calibration.file or ""), say), rounding=rounding)
-        case _:
-            say(f"calibrating: the model reads {read.tokens} random tokens")
-            record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
-            importance = random_token_importance(model.graph, read.tokens, calibration.seed)
-            return Calibrated(model.graph, importance, None, record, rounding)
+        calibration, read = recipe.calibration, reading(model, recipe)
+        rounding = quantize_hqq if recipe.settled_method is Method.HQQ else quantize_rtn
+        if not is_calibrated(model.graph, recipe):
+            return Calibrated(model.graph, rounding=rounding)
+        if text is not None:
+            findings = keep(partial(_read_text, model, recipe, text, say, start, advance))
+            graph = fold_scales(model.graph, findings.scales) if findings.scales else model.graph
+            record = _text_record(recipe, text, findings)
+            return Calibrated(graph, findings.importance, findings.codes, record, rounding, findings.scales)
+        match calibration.source:
+            case CalibrationSource.IMATRIX:
+                return replace(_calibrate_by_matrix(model, Path(calibration.file or ""), say), rounding=rounding)
+            case _:
+                say(f"calibrating: the model reads {read.tokens} random tokens")
+                record = {"source": calibration.source.value, "tokens": read.tokens, "seed": calibration.seed}
+                importance = random_token_importance(model.graph, read.tokens, calibration.seed)
+                return Calibrated(model.graph, importance, None, record, rounding)
 
 
 def _read_text(
